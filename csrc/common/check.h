@@ -1,0 +1,104 @@
+// Argument checks. One message format: "<op>: <argument> must <rule>, got <fact>".
+//
+// Each op checks its tensors once, in its entry; kernels see validated tensors. The exceptions are plain
+// std::runtime_error, which PyTorch passes on as RuntimeError with the text as it stands.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <stdexcept>
+#include <string>
+
+#include <torch/csrc/stable/device.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "common/host_device.h"
+
+namespace DETOPS_NAMESPACE {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+[[noreturn]] inline void fail(const char* op, const std::string& text) {
+  throw std::runtime_error(std::string(op) + ": " + text);
+}
+
+inline std::string dtype_name(ScalarType dtype) {
+  switch (dtype) {
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Bool: return "bool";
+    default: return "dtype number " + std::to_string(static_cast<int>(dtype));
+  }
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::string text = "[";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
+  return text + "]";
+}
+
+inline std::string device_text(const Tensor& tensor) {
+  if (tensor.is_cpu()) return "cpu";
+  return (tensor.is_cuda() ? "cuda:" : "device ") + std::to_string(tensor.get_device_index());
+}
+
+// One wildcard dimension is written as -1. `rule` names the dimensions for the reader: "[N, 4]".
+inline void check_shape(const char* op, const char* argument, const Tensor& tensor, const std::string& rule,
+                        std::initializer_list<int64_t> shape) {
+  bool same = tensor.dim() == static_cast<int64_t>(shape.size());
+  int64_t i = 0;
+  for (int64_t size : shape) {
+    if (same && size >= 0) same = tensor.size(i) == size;
+    ++i;
+  }
+  if (!same) fail(op, std::string(argument) + " must have shape " + rule + ", got " + shape_text(tensor));
+}
+
+inline bool is_floating(ScalarType dtype) {
+  return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+         dtype == ScalarType::BFloat16;
+}
+
+inline void check_floating(const char* op, const char* argument, const Tensor& tensor) {
+  if (is_floating(tensor.scalar_type())) return;
+  fail(op, std::string(argument) + " must be float16, bfloat16, float32 or float64, got " +
+               dtype_name(tensor.scalar_type()));
+}
+
+inline void check_integer(const char* op, const char* argument, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long:
+    case ScalarType::Bool: return;
+    default:
+      fail(op, std::string(argument) + " must be an integer tensor, got " + dtype_name(tensor.scalar_type()));
+  }
+}
+
+// `expected` is the device of the argument named `reference`.
+inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* reference,
+                              const Tensor& expected) {
+  if (tensor.is_cuda() == expected.is_cuda() && tensor.get_device_index() == expected.get_device_index()) return;
+  fail(op, std::string(argument) + " must be on the device of " + reference + " (" + device_text(expected) +
+               "), got " + device_text(tensor));
+}
+
+// Row numbers are kept in 32 bits inside the kernels.
+inline void check_row_count(const char* op, const char* argument, int64_t rows) {
+  if (rows <= INT32_MAX) return;
+  fail(op, std::string(argument) + " must have at most 2147483647 rows, got " + std::to_string(rows));
+}
+
+}  // namespace DETOPS_NAMESPACE

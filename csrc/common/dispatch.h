@@ -1,0 +1,82 @@
+// From a tensor's dtype and device to the code that handles it, and the registration of ops.
+//
+// An op has one entry function for both devices. It checks, allocates, and then runs the CPU loop or the launch:
+//
+//     Tensor area(const Tensor& boxes) {
+//       check_shape("area", "boxes", boxes, "[N, 4]", {-1, 4});
+//       if (on_gpu("area", boxes)) return area_cuda(boxes);   // needs DETOPS_GPU_ONLY(...) around the call
+//       ...
+//     }
+//     STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) { m.def("area(Tensor boxes) -> Tensor"); }
+//     DETOPS_REGISTER(m) { m.impl("area", TORCH_BOX(&area)); }
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "common/check.h"
+
+namespace DETOPS_NAMESPACE {
+
+template <class T>
+struct TypeTag {
+  using type = T;
+};
+
+// Calls `body` with a TypeTag of the C++ type of a floating dtype. The dtype was checked before.
+template <class Body>
+void dispatch_floating(ScalarType dtype, Body&& body) {
+  switch (dtype) {
+    case ScalarType::Half: return body(TypeTag<Half>{});
+    case ScalarType::BFloat16: return body(TypeTag<BFloat16>{});
+    case ScalarType::Double: return body(TypeTag<double>{});
+    default: return body(TypeTag<float>{});
+  }
+}
+
+// Calls `body` with the tag of the type in which values of this dtype are computed.
+template <class Body>
+void dispatch_compute_type(ScalarType dtype, Body&& body) {
+  if (dtype == ScalarType::Double) return body(TypeTag<double>{});
+  return body(TypeTag<float>{});
+}
+
+#if defined(DETOPS_WITH_CUDA) || defined(DETOPS_EMULATED)
+#define DETOPS_GPU_ONLY(statement) statement
+#else
+#define DETOPS_GPU_ONLY(statement)
+#endif
+
+// True if the CUDA kernels handle this tensor. In the emulation they handle every tensor.
+inline bool on_gpu([[maybe_unused]] const char* op, [[maybe_unused]] const Tensor& tensor) {
+#if defined(DETOPS_EMULATED)
+  return true;
+#else
+#if !defined(DETOPS_WITH_CUDA)
+  if (tensor.is_cuda()) {
+    fail(op,
+         "got a CUDA tensor, but this detops was built without CUDA kernels. Rebuild it from its source folder with "
+         "'DETOPS_CUDA=1 pip install .'");
+  }
+#endif
+  return tensor.is_cuda();
+#endif
+}
+
+}  // namespace DETOPS_NAMESPACE
+
+// Registers entries for the devices of this library; see the example at the top.
+#define DETOPS_REGISTER(m) DETOPS_REGISTER_UNIQUE(m, C10_UID)
+#define DETOPS_REGISTER_UNIQUE(m, uid) DETOPS_REGISTER_IMPL(m, C10_CONCATENATE(register_ops_, uid))
+#if defined(DETOPS_EMULATED)
+#define DETOPS_REGISTER_IMPL(m, name)                                   \
+  static void name(torch::stable::detail::StableLibrary& m);            \
+  STABLE_TORCH_LIBRARY_IMPL(detops_emulated, CPU, library) { name(library); } \
+  static void name(torch::stable::detail::StableLibrary& m)
+#else
+#define DETOPS_REGISTER_IMPL(m, name)                                  \
+  static void name(torch::stable::detail::StableLibrary& m);           \
+  STABLE_TORCH_LIBRARY_IMPL(detops, CPU, library) { name(library); }   \
+  STABLE_TORCH_LIBRARY_IMPL(detops, CUDA, library) { name(library); }  \
+  static void name(torch::stable::detail::StableLibrary& m)
+#endif

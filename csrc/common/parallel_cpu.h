@@ -1,0 +1,48 @@
+// Loops over torch's thread pool, and code cloned per instruction set.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "common/host_device.h"
+
+// Compiles a function once per instruction set; the loader picks the best that the processor has. Put it on the free
+// function that holds the inner loop: a lambda inside a cloned function is compiled for the baseline only.
+// Not under sanitizers: the resolvers run before their runtime is ready.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__CUDACC__) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && __GNUC__ >= 12
+#define DETOPS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define DETOPS_CLONES
+#endif
+
+namespace DETOPS_NAMESPACE {
+
+// Calls body(begin, end) for consecutive ranges of at least `grain` items, on torch's threads. `body` must not throw:
+// an exception on another thread would lose its text.
+template <class Body>
+void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
+  if (count <= 0) return;
+  if (count <= grain) return body(int64_t(0), count);
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+// Calls body(next) once on each of up to `count` threads, where next() hands out the items 0 .. count-1 one by one, and
+// -1 when none is left: for items of unequal cost. `body` must not throw.
+template <class Body>
+void parallel_items(int64_t count, const Body& body) {
+  std::atomic<int64_t> taken{0};
+  const auto next = [&]() -> int64_t {
+    const int64_t item = taken.fetch_add(1, std::memory_order_relaxed);
+    return item < count ? item : -1;
+  };
+  int64_t threads = torch::stable::get_num_threads();
+  if (threads > count) threads = count;
+  parallel_ranges(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) body(next);
+  });
+}
+
+}  // namespace DETOPS_NAMESPACE

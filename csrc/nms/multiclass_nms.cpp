@@ -1,0 +1,228 @@
+// multiclass_nms: schema, checks, and the CPU kernel.
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "common/allocate.h"
+#include "common/dispatch.h"
+#include "common/parallel_cpu.h"
+#include "common/sort_cpu.h"
+#include "nms/kept_boxes_cpu.h"
+#include "nms/nms.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+template <class Key>
+using Candidates = std::vector<Keyed<Key>>;
+
+// Appends the pairs whose score is above the threshold, of `count` scores that lie `step` apart and whose pair numbers
+// are `pair_step` apart.
+template <class T>
+DETOPS_CLONES void collect_row(const T* scores, int64_t count, int64_t step, ComputeType<T> threshold, uint32_t pair,
+                               uint32_t pair_step, Candidates<RankKey<T>>& out) {
+  using Compute = ComputeType<T>;
+  constexpr int64_t kBlock = 32;  // few blocks hold a candidate, and the test of a whole block vectorises
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t end = min_of(begin + kBlock, count);
+    if (step == 1 && end - begin == kBlock) {
+      int any = 0;
+      for (int64_t i = 0; i < kBlock; ++i) any |= static_cast<Compute>(scores[begin + i]) > threshold;
+      if (!any) continue;
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const Compute score = static_cast<Compute>(scores[i * step]);
+      if (score > threshold) out.push_back({rank_key(score), pair + static_cast<uint32_t>(i) * pair_step});
+    }
+  }
+}
+
+// The candidates of each image, in any order: they are ranked later.
+template <class T>
+std::vector<Candidates<RankKey<T>>> collect_candidates(const T* scores, const PairLayout& layout,
+                                                       ComputeType<T> threshold) {
+  // Runs along the dimension in which the scores lie closest.
+  const bool along_classes = std::abs(layout.score_class) <= std::abs(layout.score_row) || layout.rows == 1;
+  const int64_t outer = along_classes ? layout.rows : layout.classes;
+  const int64_t inner = along_classes ? layout.classes : layout.rows;
+  const int64_t outer_step = along_classes ? layout.score_row : layout.score_class;
+  const int64_t inner_step = along_classes ? layout.score_class : layout.score_row;
+  const uint32_t outer_pairs = static_cast<uint32_t>(along_classes ? layout.classes : 1);
+  const uint32_t inner_pairs = static_cast<uint32_t>(along_classes ? 1 : layout.classes);
+  // Dense rows are one long row.
+  const bool dense = outer_step == inner * inner_step && outer_pairs == inner * inner_pairs;
+
+  constexpr int64_t kScoresPerPart = 1 << 15;
+  const int64_t rows_per_part = max_of<int64_t>(1, kScoresPerPart / max_of<int64_t>(1, inner));
+  const int64_t parts_per_image = ceil_div(outer, rows_per_part);
+  std::vector<Candidates<RankKey<T>>> parts(layout.images * parts_per_image);
+  parallel_items(static_cast<int64_t>(parts.size()), [&](const auto& next) {
+    for (int64_t part = next(); part >= 0; part = next()) {
+      const int64_t begin = part % parts_per_image * rows_per_part;
+      const int64_t end = min_of(begin + rows_per_part, outer);
+      const T* const image = scores + part / parts_per_image * layout.score_image;
+      const int64_t row_length = dense ? (end - begin) * inner : inner;
+      for (int64_t row = begin; row < end; row += dense ? end - begin : 1) {
+        collect_row(image + row * outer_step, row_length, inner_step, threshold,
+                    static_cast<uint32_t>(row) * outer_pairs, inner_pairs, parts[part]);
+      }
+    }
+  });
+
+  std::vector<Candidates<RankKey<T>>> images(layout.images);
+  for (size_t part = 0; part < parts.size(); ++part) {
+    auto& image = images[part / parts_per_image];
+    image.insert(image.end(), parts[part].begin(), parts[part].end());
+  }
+  return images;
+}
+
+// Greedy suppression over the candidates of one image, best first, until enough are kept. Sorts only as many
+// candidates as are looked at. Writes the pairs that stay and returns how many.
+template <class T, class Key>
+int64_t suppress_image(const T* boxes, const PairLayout& layout, int64_t image, const MulticlassOptions& options,
+                       Candidates<Key>& candidates, KeptBuckets<ComputeType<T>>& kept_boxes, uint32_t* kept_pairs) {
+  using Compute = ComputeType<T>;
+  const IouThreshold<Compute> threshold(options.iou_threshold);
+  kept_boxes.reset(options.class_agnostic ? 1 : layout.classes);
+  const int64_t count = static_cast<int64_t>(candidates.size());
+  const int64_t considered = min_of(count, options.max_candidates);
+  int64_t kept = 0, sorted = 0, step = max_of<int64_t>(256, 2 * min_of(options.max_detections, count));
+  for (int64_t i = 0; i < considered && kept < options.max_detections; ++i) {
+    if (i == sorted) {
+      const int64_t end = min_of(sorted + step, count);
+      if (end < count) std::nth_element(candidates.begin() + sorted, candidates.begin() + end, candidates.end());
+      std::sort(candidates.begin() + sorted, candidates.begin() + end);
+      sorted = end;
+      step *= 2;
+    }
+    const uint32_t pair = candidates[i].index;
+    const Box<Compute> box = load_pair_box<Compute>(boxes, layout, image, pair);
+    const Compute area = box_area(box);
+    if (can_overlap(box, area)) {
+      const int64_t bucket = options.class_agnostic ? 0 : pair % layout.classes;
+      if (kept_boxes.suppresses(bucket, box, area, threshold)) continue;
+      kept_boxes.add(bucket, box, area);
+    }
+    kept_pairs[kept++] = pair;
+  }
+  return kept;
+}
+
+// Copies what was kept to the outputs and fills the rest of the rows.
+void write_detections(const Tensor& boxes, const Tensor& scores, const PairLayout& layout, int64_t max_detections,
+                      const uint32_t* kept_pairs, const int64_t* counts, const Detections& out) {
+  const size_t box_size = boxes.element_size(), score_size = scores.element_size();
+  const auto* const box_data = static_cast<const char*>(boxes.const_data_ptr());
+  const auto* const score_data = static_cast<const char*>(scores.const_data_ptr());
+  auto* box_out = static_cast<char*>(std::get<0>(out).mutable_data_ptr());
+  auto* score_out = static_cast<char*>(std::get<1>(out).mutable_data_ptr());
+  int64_t* label_out = std::get<2>(out).mutable_data_ptr<int64_t>();
+  int64_t* index_out = std::get<3>(out).mutable_data_ptr<int64_t>();
+  for (int64_t image = 0; image < layout.images; ++image) {
+    for (int64_t i = 0; i < max_detections; ++i) {
+      if (i < counts[image]) {
+        const int64_t pair = kept_pairs[image * max_detections + i];
+        for (int k = 0; k < 4; ++k) {
+          const int64_t offset = layout.box_offset(image, pair) + k * layout.box_coordinate;
+          memcpy(box_out + k * box_size, box_data + offset * box_size, box_size);
+        }
+        memcpy(score_out, score_data + layout.score_offset(image, pair) * score_size, score_size);
+        *label_out = pair % layout.classes;
+        *index_out = pair / layout.classes;
+      } else {
+        memset(box_out, 0, 4 * box_size);
+        memset(score_out, 0, score_size);
+        *label_out = *index_out = -1;
+      }
+      box_out += 4 * box_size;
+      score_out += score_size;
+      ++label_out;
+      ++index_out;
+    }
+  }
+}
+
+void multiclass_nms_cpu(const Tensor& boxes, const Tensor& scores, const PairLayout& layout,
+                        const MulticlassOptions& options, const Detections& out) {
+  const std::unique_ptr<uint32_t[]> kept_pairs(new uint32_t[layout.images * options.max_detections]);
+  int64_t* const counts = std::get<4>(out).mutable_data_ptr<int64_t>();
+  const auto suppress_images = [&](auto& candidates) {
+    dispatch_floating(boxes.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const data = boxes.const_data_ptr<T>();
+      parallel_items(layout.images, [&](const auto& next) {
+        KeptBuckets<ComputeType<T>> kept_boxes;
+        for (int64_t image = next(); image >= 0; image = next()) {
+          counts[image] = suppress_image(data, layout, image, options, candidates[image], kept_boxes,
+                                         kept_pairs.get() + image * options.max_detections);
+        }
+      });
+    });
+  };
+  dispatch_floating(scores.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    // The threshold in the dtype of the scores, as torch compares them.
+    const auto threshold = static_cast<ComputeType<T>>(static_cast<T>(options.score_threshold));
+    auto candidates = collect_candidates(scores.const_data_ptr<T>(), layout, threshold);
+    suppress_images(candidates);
+  });
+  write_detections(boxes, scores, layout, options.max_detections, kept_pairs.get(), counts, out);
+}
+
+Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_threshold, double score_threshold,
+                          int64_t max_detections, std::optional<int64_t> max_candidates, bool class_agnostic) {
+  const char* const op = "multiclass_nms";
+  check_shape(op, "scores", scores, "[B, N, C]", {-1, -1, -1});
+  const int64_t images = scores.size(0), rows = scores.size(1), classes = scores.size(2);
+  const bool box_per_class = boxes.dim() == 4;
+  const std::string sizes = " with B = " + std::to_string(images) + ", N = " + std::to_string(rows) +
+                            ", C = " + std::to_string(classes);
+  if (box_per_class) {
+    check_shape(op, "boxes", boxes, "[B, N, C, 4]" + sizes, {images, rows, classes, 4});
+  } else {
+    check_shape(op, "boxes", boxes, "[B, N, 4] or [B, N, C, 4]" + sizes, {images, rows, 4});
+  }
+  check_floating(op, "boxes", boxes);
+  check_floating(op, "scores", scores);
+  check_same_device(op, "scores", scores, "boxes", boxes);
+  check_row_count(op, "scores", rows * classes);
+  const PairLayout layout{images,
+                          rows,
+                          classes,
+                          scores.stride(0),
+                          scores.stride(1),
+                          scores.stride(2),
+                          boxes.stride(0),
+                          boxes.stride(1),
+                          box_per_class ? boxes.stride(2) : 0,
+                          boxes.stride(box_per_class ? 3 : 2)};
+  const MulticlassOptions options{iou_threshold, score_threshold, max_detections,
+                                  min_of(max_candidates.value_or(layout.pairs()), layout.pairs()), class_agnostic};
+
+  const Detections out{allocate(op, {images, max_detections, 4}, boxes.scalar_type(), boxes),
+                       allocate(op, {images, max_detections}, scores.scalar_type(), boxes),
+                       allocate(op, {images, max_detections}, ScalarType::Long, boxes),
+                       allocate(op, {images, max_detections}, ScalarType::Long, boxes),
+                       allocate(op, {images}, ScalarType::Long, boxes)};
+  if (on_gpu(op, boxes)) {
+    DETOPS_GPU_ONLY(multiclass_nms_cuda(boxes, scores, layout, options, out));
+  } else {
+    multiclass_nms_cpu(boxes, scores, layout, options, out);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def(
+      "multiclass_nms(Tensor boxes, Tensor scores, float iou_threshold, float score_threshold, int max_detections, "
+      "int? max_candidates, bool class_agnostic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+DETOPS_REGISTER(m) { m.impl("multiclass_nms", TORCH_BOX(&multiclass_nms)); }
+
+}  // namespace DETOPS_NAMESPACE

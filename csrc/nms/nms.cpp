@@ -1,0 +1,241 @@
+// nms and batched_nms: schema, checks, and the CPU kernels.
+#include "nms/nms.h"
+
+#include <memory>
+#include <vector>
+
+#include "common/allocate.h"
+#include "common/dispatch.h"
+#include "common/parallel_cpu.h"
+#include "common/sort_cpu.h"
+#include "nms/kept_boxes_cpu.h"
+#include "nms/scale_index_cpu.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+// Lists are tested faster than cells are found while few boxes are kept.
+constexpr int64_t kIndexPays = 512;
+
+template <class T>
+struct Scratch {
+  KeptList<T> list;
+  KeptBuckets<T> buckets;
+};
+
+// Greedy suppression over boxes in rank order, from `begin` on, against a list of the kept ones. Stops where the list
+// has grown to `most_kept`. Returns the position where it stopped.
+template <class T>
+DETOPS_CLONES int64_t suppress_by_list(const Box<T>* boxes, int64_t count, int64_t most_kept,
+                                       const IouThreshold<T>& threshold, KeptList<T>& kept, uint8_t* keep) {
+  int64_t added = 0, i = 0;
+  for (; i < count && added < most_kept; ++i) {
+    const T area = box_area(boxes[i]);
+    keep[i] = 1;
+    if (!can_overlap(boxes[i], area)) continue;
+    if (kept.suppresses(boxes[i], area, threshold)) {
+      keep[i] = 0;
+    } else {
+      kept.add(boxes[i], area);
+      ++added;
+    }
+  }
+  return i;
+}
+
+// The same for boxes [decided, count), through an index of the kept ones. keep[0, decided) is known.
+template <class T>
+DETOPS_CLONES void suppress_by_index(const Box<T>* boxes, int64_t decided, int64_t count, const ScaleIndex& index,
+                                     const IouThreshold<T>& threshold, KeptBuckets<T>& kept, uint8_t* keep) {
+  ScaleIndex::Cells x, y;
+  kept.reset(index.buckets());
+  for (int64_t i = 0; i < count; ++i) {
+    const Box<T>& box = boxes[i];
+    const T area = box_area(box);
+    if (i >= decided) keep[i] = 1;
+    if (!keep[i] || !can_overlap(box, area)) continue;
+    const double width = double(box.x2) - double(box.x1), height = double(box.y2) - double(box.y1);
+    if (i >= decided) {
+      index.reach(box.x1, width, x);
+      index.reach(box.y1, height, y);
+      bool suppressed = false;
+      for (int iy = 0; iy < y.count && !suppressed; ++iy) {
+        for (int ix = 0; ix < x.count && !suppressed; ++ix) {
+          suppressed = kept.suppresses(index.bucket(x.hash[ix], y.hash[iy]), box, area, threshold);
+        }
+      }
+      keep[i] = !suppressed;
+      if (suppressed) continue;
+    }
+    kept.add(index.bucket(index.home(box.x1, width), index.home(box.y1, height)), box, area);
+  }
+}
+
+template <class T>
+bool index_covers(const Box<T>* boxes, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (can_overlap(boxes[i], box_area(boxes[i])) && !ScaleIndex::covers(boxes[i])) return false;
+  }
+  return true;
+}
+
+// One segment: boxes in rank order, none separated by class. keep[i] becomes 1 where the box stays.
+template <class T>
+void suppress_segment(const Box<T>* boxes, int64_t count, double iou_threshold, Scratch<T>& scratch, uint8_t* keep) {
+  const IouThreshold<T> threshold(iou_threshold);
+  const bool indexed = count > kIndexPays && iou_threshold >= ScaleIndex::kLowestThreshold;
+  const int64_t most_kept = indexed ? kIndexPays : count;
+  scratch.list.reset(most_kept);
+  const int64_t decided = suppress_by_list(boxes, count, most_kept, threshold, scratch.list, keep);
+  if (decided == count) return;
+  if (index_covers(boxes, count)) {
+    const ScaleIndex index(iou_threshold, count - decided);
+    suppress_by_index(boxes, decided, count, index, threshold, scratch.buckets, keep);
+  } else {
+    scratch.list.reset(count);
+    suppress_by_list(boxes, count, count, threshold, scratch.list, keep);
+  }
+}
+
+// Ranks of the scores: item r holds the key and the index of the r-th best.
+template <class T>
+std::unique_ptr<Keyed<RankKey<T>>[]> rank_scores(const T* scores, int64_t count) {
+  std::unique_ptr<Keyed<RankKey<T>>[]> ranks(new Keyed<RankKey<T>>[count]);
+  for (int64_t i = 0; i < count; ++i) {
+    ranks[i] = {rank_key(static_cast<ComputeType<T>>(scores[i])), static_cast<uint32_t>(i)};
+  }
+  sort_keyed(ranks.get(), count);
+  return ranks;
+}
+
+// The indices of `scores` in rank order.
+std::unique_ptr<uint32_t[]> rank_order(const Tensor& scores) {
+  const int64_t count = scores.size(0);
+  std::unique_ptr<uint32_t[]> order(new uint32_t[count]);
+  dispatch_floating(scores.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const auto ranks = rank_scores(scores.const_data_ptr<T>(), count);
+    for (int64_t i = 0; i < count; ++i) order[i] = ranks[i].index;
+  });
+  return order;
+}
+
+// Positions in rank order, regrouped by id, and where each group begins (and the last ends).
+struct Segments {
+  std::unique_ptr<uint32_t[]> ranks;
+  std::vector<int64_t> begins;
+};
+
+Segments group_by_id(const int64_t* idxs, const uint32_t* order, int64_t count) {
+  const std::unique_ptr<Keyed<uint64_t>[]> items(new Keyed<uint64_t>[count]);
+  // Unsigned and from zero, so that the radix sort sees few digits. The order of the groups does not matter.
+  int64_t lowest = idxs[0];
+  for (int64_t i = 1; i < count; ++i) lowest = min_of(lowest, idxs[i]);
+  for (int64_t rank = 0; rank < count; ++rank) {
+    const uint64_t id = static_cast<uint64_t>(idxs[order[rank]]) - static_cast<uint64_t>(lowest);
+    items[rank] = {id, static_cast<uint32_t>(rank)};
+  }
+  sort_keyed(items.get(), count);
+  Segments segments{std::unique_ptr<uint32_t[]>(new uint32_t[count]), {}};
+  for (int64_t i = 0; i < count; ++i) {
+    if (i == 0 || items[i].key != items[i - 1].key) segments.begins.push_back(i);
+    segments.ranks[i] = items[i].index;
+  }
+  segments.begins.push_back(count);
+  return segments;
+}
+
+// keep[r] becomes 1 where the r-th best box stays.
+template <class T>
+void suppress_segments(const T* boxes, const uint32_t* order, const Segments& segments, int64_t count,
+                       double iou_threshold, uint8_t* keep) {
+  using Compute = ComputeType<T>;
+  const std::unique_ptr<Box<Compute>[]> sorted(new Box<Compute>[count]);
+  const bool grouped = segments.ranks != nullptr;
+  const auto rank_of = [&](int64_t i) { return grouped ? segments.ranks[i] : i; };
+  for (int64_t i = 0; i < count; ++i) sorted[i] = load_box<Compute>(boxes + 4 * int64_t(order[rank_of(i)]));
+  const std::unique_ptr<uint8_t[]> keep_grouped(grouped ? new uint8_t[count] : nullptr);
+  uint8_t* const result = grouped ? keep_grouped.get() : keep;
+
+  const auto& begins = segments.begins;
+  parallel_items(static_cast<int64_t>(begins.size()) - 1, [&](const auto& next) {
+    Scratch<Compute> scratch;
+    for (int64_t item = next(); item >= 0; item = next()) {
+      const int64_t begin = begins[item];
+      suppress_segment(sorted.get() + begin, begins[item + 1] - begin, iou_threshold, scratch, result + begin);
+    }
+  });
+  if (grouped) {
+    for (int64_t i = 0; i < count; ++i) keep[segments.ranks[i]] = result[i];
+  }
+}
+
+Tensor nms_cpu(const char* op, const Tensor& boxes, const Tensor& scores, const Tensor* idxs, double iou_threshold) {
+  const int64_t count = boxes.size(0);
+  if (count == 0) return allocate(op, {0}, ScalarType::Long, boxes);
+  const auto order = rank_order(scores);
+  const Segments segments = idxs ? group_by_id(idxs->const_data_ptr<int64_t>(), order.get(), count)
+                                 : Segments{nullptr, {0, count}};
+  const std::unique_ptr<uint8_t[]> keep(new uint8_t[count]);
+  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    suppress_segments(boxes.const_data_ptr<T>(), order.get(), segments, count, iou_threshold, keep.get());
+  });
+
+  int64_t kept = 0;
+  for (int64_t i = 0; i < count; ++i) kept += keep[i];
+  const Tensor out = allocate(op, {kept}, ScalarType::Long, boxes);
+  int64_t* next = out.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    if (keep[i]) *next++ = order[i];
+  }
+  return out;
+}
+
+// The entry of both ops; idxs is null for nms.
+Tensor checked_nms(const char* op, const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
+                   double iou_threshold) {
+  check_shape(op, "boxes", boxes, "[N, 4]", {-1, 4});
+  const int64_t count = boxes.size(0);
+  const std::string per_box = "[N] with N = " + std::to_string(count);
+  check_row_count(op, "boxes", count);
+  check_floating(op, "boxes", boxes);
+  check_shape(op, "scores", scores, per_box, {count});
+  check_floating(op, "scores", scores);
+  check_same_device(op, "scores", scores, "boxes", boxes);
+  Tensor ids;
+  if (idxs != nullptr) {
+    check_shape(op, "idxs", *idxs, per_box, {count});
+    check_integer(op, "idxs", *idxs);
+    check_same_device(op, "idxs", *idxs, "boxes", boxes);
+    ids = as_contiguous(idxs->scalar_type() == ScalarType::Long ? *idxs : torch::stable::to(*idxs, ScalarType::Long));
+  }
+  const Tensor* const ids_or_null = idxs != nullptr ? &ids : nullptr;
+  const Tensor dense_boxes = as_contiguous(boxes), dense_scores = as_contiguous(scores);
+  if (on_gpu(op, boxes)) {
+    DETOPS_GPU_ONLY(return nms_cuda(op, dense_boxes, dense_scores, ids_or_null, iou_threshold));
+  }
+  return nms_cpu(op, dense_boxes, dense_scores, ids_or_null, iou_threshold);
+}
+
+Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
+  return checked_nms("nms", boxes, scores, nullptr, iou_threshold);
+}
+
+Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
+  return checked_nms("batched_nms", boxes, scores, &idxs, iou_threshold);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
+  m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+}
+
+DETOPS_REGISTER(m) {
+  m.impl("nms", TORCH_BOX(&nms));
+  m.impl("batched_nms", TORCH_BOX(&batched_nms));
+}
+
+}  // namespace DETOPS_NAMESPACE

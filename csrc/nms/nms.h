@@ -1,0 +1,111 @@
+// Non-maximum suppression: the decisions, written once for both devices.
+//
+// Of a set of boxes the best-scored is kept, and every box that overlaps it by more than a threshold is dropped; then
+// the best of the rest, and so on. Three questions decide the result to the last box: which box comes first
+// (rank_key), which box it drops (suppresses), and what separates classes (equal ids, never shifted coordinates).
+//
+// Ops and shapes. T is float for float16, bfloat16 and float32 boxes, double for float64.
+//   nms            boxes [N, 4], scores [N]                  -> indices [K], best first
+//   batched_nms    boxes [N, 4], scores [N], idxs [N]        -> indices [K], best first over all ids
+//   multiclass_nms boxes [B, N, 4] or [B, N, C, 4],
+//                  scores [B, N, C]                          -> boxes [B, K, 4], scores, labels, indices [B, K], counts [B]
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <tuple>
+
+#include <torch/csrc/stable/tensor.h>
+
+#include "common/geometry.h"
+
+namespace DETOPS_NAMESPACE {
+
+// An IoU threshold in the type of the boxes.
+template <class T>
+struct IouThreshold {
+  T exact;  // the largest T not above the double threshold: iou > exact exactly where double(iou) > threshold
+  T quick;  // a little below: intersection < quick * union only where iou <= exact, whatever the rounding
+
+  explicit IouThreshold(double threshold) : exact(static_cast<T>(threshold)) {
+    if (static_cast<double>(exact) > threshold) exact = std::nextafter(exact, T(-1));
+    quick = exact * (T(1) - 8 * std::numeric_limits<T>::epsilon());
+  }
+};
+
+// The decision: the box that ranks first drops the other. Strict, and false where the IoU is NaN.
+template <class T>
+DETOPS_HD bool suppresses(const Box<T>& a, T area_a, const Box<T>& b, T area_b, const IouThreshold<T>& threshold) {
+  const T intersection = intersection_area(a, b);
+  return intersection / (area_a + area_b - intersection) > threshold.exact;
+}
+
+// False only where `suppresses` is false; without the division. May be true where `suppresses` is false.
+template <class T>
+DETOPS_HD bool may_suppress(const Box<T>& a, T area_a, const Box<T>& b, T area_b, const IouThreshold<T>& threshold) {
+  const T intersection = intersection_area(a, b);
+  return (intersection > T(0)) & (intersection >= threshold.quick * (area_a + area_b - intersection));
+}
+
+// Boxes in ascending order of (rank_key of the score, index) are in descending order of score, NaN first, -0 equal to
+// 0, ties to the lower index: the order of torch.sort(descending=True, stable=True).
+DETOPS_HD uint32_t rank_key(float score) {
+  if (score != score) return 0;
+  const uint32_t bits = bit_cast<uint32_t>(score == 0.0f ? 0.0f : score);
+  const uint32_t sign = 0x80000000u;
+  return ~((bits & sign) ? ~bits : (bits | sign));
+}
+DETOPS_HD uint64_t rank_key(double score) {
+  if (score != score) return 0;
+  const uint64_t bits = bit_cast<uint64_t>(score == 0.0 ? 0.0 : score);
+  const uint64_t sign = 0x8000000000000000u;
+  return ~((bits & sign) ? ~bits : (bits | sign));
+}
+template <class T>
+using RankKey = decltype(rank_key(ComputeType<T>()));
+
+// Where multiclass_nms finds its inputs: element offsets per step along each dimension, so that views of a head's
+// output are read as they lie. A candidate is a (box, class) pair, numbered index * classes + class.
+struct PairLayout {
+  int64_t images, rows, classes;
+  int64_t score_image, score_row, score_class;
+  int64_t box_image, box_row, box_class, box_coordinate;  // box_class is 0 where the classes share a box
+
+  DETOPS_HD int64_t pairs() const { return rows * classes; }
+  DETOPS_HD int64_t score_offset(int64_t image, int64_t pair) const {
+    return image * score_image + pair / classes * score_row + pair % classes * score_class;
+  }
+  DETOPS_HD int64_t box_offset(int64_t image, int64_t pair) const {
+    return image * box_image + pair / classes * box_row + pair % classes * box_class;
+  }
+};
+
+// Reads the box of a pair from boxes of any floating dtype.
+template <class T, class Source>
+DETOPS_HD Box<T> load_pair_box(const Source* boxes, const PairLayout& layout, int64_t image, int64_t pair) {
+  const Source* const first = boxes + layout.box_offset(image, pair);
+  const int64_t step = layout.box_coordinate;
+  return {static_cast<T>(first[0]), static_cast<T>(first[step]), static_cast<T>(first[2 * step]),
+          static_cast<T>(first[3 * step])};
+}
+
+// Options of multiclass_nms, checked.
+struct MulticlassOptions {
+  double iou_threshold;
+  double score_threshold;
+  int64_t max_detections;
+  int64_t max_candidates;  // at most all pairs of an image
+  bool class_agnostic;
+};
+
+// boxes [B, K, 4], scores [B, K], labels [B, K], indices [B, K], counts [B]
+using Detections = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torch::stable::Tensor,
+                              torch::stable::Tensor, torch::stable::Tensor>;
+
+// The launches, in nms_cuda.cu and multiclass_nms_cuda.cu. Arguments were checked; `idxs` is int64.
+torch::stable::Tensor nms_cuda(const char* op, const torch::stable::Tensor& boxes, const torch::stable::Tensor& scores,
+                               const torch::stable::Tensor* idxs, double iou_threshold);
+void multiclass_nms_cuda(const torch::stable::Tensor& boxes, const torch::stable::Tensor& scores,
+                         const PairLayout& layout, const MulticlassOptions& options, const Detections& out);
+
+}  // namespace DETOPS_NAMESPACE

@@ -1,0 +1,23 @@
+"""Object-detection kernels for PyTorch: exact, deterministic, fast on CPU and GPU.
+
+>>> from detops import nms
+>>> keep = nms(boxes, scores, iou_threshold=0.5)
+
+Each family of ops is a module (`detops.boxes`, `detops.nms`, ...); its public names are also here. Where a family and
+its main function share a name, as `nms`, the name in this package is the function.
+"""
+
+from . import _library  # first: it loads the compiled library or says why it cannot
+from .boxes import GroundTruth, pad_ground_truth
+from .nms import Detections, batched_nms, multiclass_nms, nms
+
+__version__ = _library.version
+
+__all__ = [
+    "Detections",
+    "GroundTruth",
+    "batched_nms",
+    "multiclass_nms",
+    "nms",
+    "pad_ground_truth",
+]

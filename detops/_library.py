@@ -1,0 +1,102 @@
+"""Loads the compiled library `_C.abi3.so` and hands out its ops.
+
+The wrappers call compiled ops as `_library.ops.nms(...)`, always through the module, so that `use_namespace` can put the
+emulated CUDA kernels (tests/emulation) in their place.
+"""
+
+import contextlib
+import ctypes
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+_PATH = Path(__file__).with_name("_C.abi3.so")
+_REBUILD = "rebuild it with 'pip install .' in the source folder of detops"
+
+
+def _load() -> ctypes.CDLL:
+    if not _PATH.exists():
+        where = f"detops has no compiled library: {_PATH} is missing."
+        if (_PATH.parents[1] / "setup.py").exists():
+            raise ImportError(
+                f"{where} This is the source folder. Run 'pip install .' in it and start Python from another folder, "
+                "or run 'pip install -e .' to build the library in place."
+            )
+        raise ImportError(f"{where} The installation is incomplete: {_REBUILD}.")
+    try:
+        torch.ops.load_library(_PATH)
+        return ctypes.CDLL(str(_PATH))
+    except OSError as error:
+        if torch.__version__ < (2, 10):
+            advice = f"detops needs torch>=2.10, and this is torch {torch.__version__}: upgrade torch"
+        else:
+            advice = f"it does not fit this machine or torch {torch.__version__}: {_REBUILD}"
+        raise ImportError(f"the compiled library of detops cannot be loaded; {advice}. The loader says: {error}") from None
+
+
+def _resolve(namespace: str) -> SimpleNamespace:
+    """All ops of a torch namespace as plain attributes: looking them up in torch.ops costs more than a small op."""
+    packets = getattr(torch.ops, namespace)
+    return SimpleNamespace(**{name: getattr(packets, name).default for name in op_names(namespace)})
+
+
+def op_names(namespace: str = "detops") -> list[str]:
+    """The names of the compiled ops."""
+    prefix = namespace + "::"
+    return sorted(name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
+
+
+_handle = _load()
+_handle.detops_version.restype = ctypes.c_char_p
+_handle.detops_build_info.restype = ctypes.c_char_p
+
+version: str = _handle.detops_version().decode()
+ops = _resolve("detops")
+
+_fakes: dict[str, Callable] = {}
+_autograds: dict[str, tuple[Callable, Callable]] = {}
+
+
+def build_info() -> dict:
+    """What the library was built from and for, and what it finds on this machine."""
+    return json.loads(_handle.detops_build_info())
+
+
+def register_fake(name: str) -> Callable[[Callable], Callable]:
+    """Decorates the function that gives the shapes and dtypes of an op's results, for torch.compile and export."""
+
+    def register(fake: Callable) -> Callable:
+        _fakes[name] = fake
+        torch.library.register_fake(f"detops::{name}", fake)
+        return fake
+
+    return register
+
+
+def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
+    """Registers the gradient of an op, as torch.library.register_autograd does."""
+    _autograds[name] = (backward, setup_context)
+    torch.library.register_autograd(f"detops::{name}", backward, setup_context=setup_context)
+
+
+def load_emulation(path: str | Path) -> None:
+    """Loads a library of emulated CUDA kernels, whose ops stand in the namespace `detops_emulated`."""
+    torch.ops.load_library(path)
+    for name, fake in _fakes.items():
+        torch.library.register_fake(f"detops_emulated::{name}", fake)
+    for name, (backward, setup_context) in _autograds.items():
+        torch.library.register_autograd(f"detops_emulated::{name}", backward, setup_context=setup_context)
+
+
+@contextlib.contextmanager
+def use_namespace(namespace: str) -> Iterator[None]:
+    """Makes the wrappers call the ops of another namespace."""
+    global ops
+    previous, ops = ops, _resolve(namespace)
+    try:
+        yield
+    finally:
+        ops = previous
