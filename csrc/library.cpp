@@ -42,7 +42,8 @@ std::string describe() {
 #if defined(DETOPS_WITH_CUDA)
   int driver = 0;
   if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
-  fields += field("cuda", text(std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10)));
+  const int major = CUDART_VERSION / 1000, minor = CUDART_VERSION % 1000 / 10;
+  fields += field("cuda", text(std::to_string(major) + "." + std::to_string(minor)));
   fields += field("architectures", text(DETOPS_CUDA_ARCHITECTURES));
   fields += field("driver", std::to_string(driver));
   fields += field("cuda_stream", detops::find_current_stream_function() != nullptr ? "true" : "false");

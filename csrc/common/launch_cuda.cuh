@@ -94,4 +94,23 @@ void allow_shared_memory(Kernel kernel, size_t bytes) {
              "cudaFuncSetAttribute");
 }
 
+// For flags that threads of one kernel set and read without a barrier between: each access is one whole value, and
+// nothing about the order of accesses is promised.
+template <class T>
+__device__ inline T relaxed_load(const T* address) {
+#if defined(DETOPS_EMULATED)
+  return __atomic_load_n(address, __ATOMIC_RELAXED);
+#else
+  return *const_cast<const volatile T*>(address);
+#endif
+}
+template <class T>
+__device__ inline void relaxed_store(T* address, T value) {
+#if defined(DETOPS_EMULATED)
+  __atomic_store_n(address, value, __ATOMIC_RELAXED);
+#else
+  *const_cast<volatile T*>(address) = value;
+#endif
+}
+
 }  // namespace DETOPS_NAMESPACE

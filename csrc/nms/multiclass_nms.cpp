@@ -43,30 +43,23 @@ DETOPS_CLONES void collect_row(const T* scores, int64_t count, int64_t step, Com
 template <class T>
 std::vector<Candidates<RankKey<T>>> collect_candidates(const T* scores, const PairLayout& layout,
                                                        ComputeType<T> threshold) {
-  // Runs along the dimension in which the scores lie closest.
-  const bool along_classes = std::abs(layout.score_class) <= std::abs(layout.score_row) || layout.rows == 1;
-  const int64_t outer = along_classes ? layout.rows : layout.classes;
-  const int64_t inner = along_classes ? layout.classes : layout.rows;
-  const int64_t outer_step = along_classes ? layout.score_row : layout.score_class;
-  const int64_t inner_step = along_classes ? layout.score_class : layout.score_row;
-  const uint32_t outer_pairs = static_cast<uint32_t>(along_classes ? layout.classes : 1);
-  const uint32_t inner_pairs = static_cast<uint32_t>(along_classes ? 1 : layout.classes);
-  // Dense rows are one long row.
-  const bool dense = outer_step == inner * inner_step && outer_pairs == inner * inner_pairs;
+  const ScanOrder order(layout);
+  // Adjoining rows whose pairs are numbered on are one long row.
+  const bool one_row = order.dense && order.outer_pairs == order.inner * order.inner_pairs;
 
   constexpr int64_t kScoresPerPart = 1 << 15;
-  const int64_t rows_per_part = max_of<int64_t>(1, kScoresPerPart / max_of<int64_t>(1, inner));
-  const int64_t parts_per_image = ceil_div(outer, rows_per_part);
+  const int64_t rows_per_part = max_of<int64_t>(1, kScoresPerPart / max_of<int64_t>(1, order.inner));
+  const int64_t parts_per_image = ceil_div(order.outer, rows_per_part);
   std::vector<Candidates<RankKey<T>>> parts(layout.images * parts_per_image);
   parallel_items(static_cast<int64_t>(parts.size()), [&](const auto& next) {
     for (int64_t part = next(); part >= 0; part = next()) {
       const int64_t begin = part % parts_per_image * rows_per_part;
-      const int64_t end = min_of(begin + rows_per_part, outer);
+      const int64_t end = min_of(begin + rows_per_part, order.outer);
+      const int64_t rows_at_once = one_row ? end - begin : 1;
       const T* const image = scores + part / parts_per_image * layout.score_image;
-      const int64_t row_length = dense ? (end - begin) * inner : inner;
-      for (int64_t row = begin; row < end; row += dense ? end - begin : 1) {
-        collect_row(image + row * outer_step, row_length, inner_step, threshold,
-                    static_cast<uint32_t>(row) * outer_pairs, inner_pairs, parts[part]);
+      for (int64_t row = begin; row < end; row += rows_at_once) {
+        collect_row(image + row * order.outer_step, rows_at_once * order.inner, order.inner_step, threshold,
+                    static_cast<uint32_t>(row) * order.outer_pairs, order.inner_pairs, parts[part]);
       }
     }
   });

@@ -80,6 +80,25 @@ struct PairLayout {
   }
 };
 
+// The order in which the scores of an image lie in memory: `outer` runs of `inner` scores.
+struct ScanOrder {
+  int64_t outer, inner;
+  int64_t outer_step, inner_step;    // element offsets
+  uint32_t outer_pairs, inner_pairs;  // steps of the pair number
+  bool dense;                        // the runs adjoin: score i of the image lies at i * inner_step
+
+  explicit ScanOrder(const PairLayout& layout) {
+    const bool along_classes = std::abs(layout.score_class) <= std::abs(layout.score_row) || layout.rows == 1;
+    outer = along_classes ? layout.rows : layout.classes;
+    inner = along_classes ? layout.classes : layout.rows;
+    outer_step = along_classes ? layout.score_row : layout.score_class;
+    inner_step = along_classes ? layout.score_class : layout.score_row;
+    outer_pairs = static_cast<uint32_t>(along_classes ? layout.classes : 1);
+    inner_pairs = static_cast<uint32_t>(along_classes ? 1 : layout.classes);
+    dense = outer_step == inner * inner_step;
+  }
+};
+
 // Reads the box of a pair from boxes of any floating dtype.
 template <class T, class Source>
 DETOPS_HD Box<T> load_pair_box(const Source* boxes, const PairLayout& layout, int64_t image, int64_t pair) {
