@@ -73,7 +73,6 @@ def extension(toolkit: Toolkit | None) -> Extension:
     return cpp_extension.CppExtension(
         "detops._C",
         sources,
-        depends=files("*.h") + files("*.cuh"),
         extra_compile_args={"cxx": host_flags, "nvcc": nvcc_flags},
         py_limited_api=True,
         **options,
@@ -94,10 +93,10 @@ class BuildKernels(cpp_extension.BuildExtension):
             built = f"with CUDA {self.toolkit.version} kernels for {architectures}"
         else:
             built = f"without CUDA kernels ({self.without_cuda})"
-        self.define_text("DETOPS_VERSION", self.distribution.get_version())
-        torch_version = torch.__version__
+        version = self.distribution.get_version()
+        self.define_text("DETOPS_VERSION", version)
         super().build_extensions()
-        print(f"detops {self.distribution.get_version()} was built against torch {torch_version} {built}", flush=True)
+        print(f"detops {version} was built against torch {torch.__version__} {built}", flush=True)
 
     def define_text(self, name: str, text: str):
         for each in self.extensions:
@@ -107,5 +106,6 @@ class BuildKernels(cpp_extension.BuildExtension):
 setup(
     ext_modules=[extension(BuildKernels.toolkit)],
     cmdclass={"build_ext": BuildKernels},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    # Always ask ninja: setuptools does not see a changed header, another torch or another DETOPS_CUDA.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"force": True}},
 )

@@ -1,7 +1,7 @@
 """Loads the compiled library `_C.abi3.so` and hands out its ops.
 
-The wrappers call compiled ops as `_library.ops.nms(...)`, always through the module, so that `use_namespace` can put the
-emulated CUDA kernels (tests/emulation) in their place.
+The wrappers call compiled ops as `_library.ops.nms(...)`, always through the module, so that `use_namespace` can put
+the emulated CUDA kernels (tests/emulation) in their place.
 """
 
 import contextlib
@@ -34,7 +34,8 @@ def _load() -> ctypes.CDLL:
             advice = f"detops needs torch>=2.10, and this is torch {torch.__version__}: upgrade torch"
         else:
             advice = f"it does not fit this machine or torch {torch.__version__}: {_REBUILD}"
-        raise ImportError(f"the compiled library of detops cannot be loaded; {advice}. The loader says: {error}") from None
+        reason = error.__cause__ or error  # torch names the file only, its cause what is wrong with it
+        raise ImportError(f"the compiled library of detops cannot be loaded; {advice}. The loader: {reason}") from None
 
 
 def _resolve(namespace: str) -> SimpleNamespace:
@@ -45,8 +46,8 @@ def _resolve(namespace: str) -> SimpleNamespace:
 
 def op_names(namespace: str = "detops") -> list[str]:
     """The names of the compiled ops."""
-    prefix = namespace + "::"
-    return sorted(name.removeprefix(prefix) for name in torch._C._dispatch_get_all_op_names() if name.startswith(prefix))
+    every_name = (name.split("::") for name in torch._C._dispatch_get_all_op_names())
+    return sorted(name for space, name in every_name if space == namespace)
 
 
 _handle = _load()
@@ -67,6 +68,9 @@ def build_info() -> dict:
 
 def register_fake(name: str) -> Callable[[Callable], Callable]:
     """Decorates the function that gives the shapes and dtypes of an op's results, for torch.compile and export."""
+
+    if not hasattr(ops, name):
+        raise ImportError(f"the compiled library of detops has no op {name}, so it is of another version; {_REBUILD}.")
 
     def register(fake: Callable) -> Callable:
         _fakes[name] = fake

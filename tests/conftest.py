@@ -1,0 +1,141 @@
+"""Fixtures: the devices that a test runs on, and the dtypes.
+
+DETOPS_TEST_DEVICES=cpu,emulated     only these devices; tests that name no device belong to "cpu"
+DETOPS_EMULATION=0                   never the emulated CUDA kernels
+DETOPS_EMULATED_LIBRARY=path         a ready-built emulated library, instead of building one
+"""
+
+import functools
+import importlib.util
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from inputs import to_torch
+
+DEVICES = ("cpu", "cuda", "emulated")
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _chosen_devices():
+    names = [name.strip() for name in os.environ.get("DETOPS_TEST_DEVICES", "").split(",") if name.strip()]
+    if unknown := set(names) - set(DEVICES):
+        raise pytest.UsageError(f"DETOPS_TEST_DEVICES must name some of {', '.join(DEVICES)}, got {sorted(unknown)}")
+    return tuple(name for name in DEVICES if not names or name in names)
+
+
+class Device(NamedTuple):
+    """Where a test runs: on "cuda" tensors, or on CPU tensors with the real or the emulated CUDA kernels."""
+
+    name: str
+
+    @property
+    def torch(self):
+        return "cuda" if self.name == "cuda" else "cpu"
+
+    def put(self, values, dtype=None):
+        """An array, list or tensor as a tensor here; floating arrays become float32 unless `dtype` says otherwise."""
+        return to_torch(values, dtype, self.torch)
+
+    def limit(self, n, emulated=300):
+        """n, or less under emulation, which is about a thousand times slower than a GPU."""
+        return min(n, emulated) if self.name == "emulated" else n
+
+
+def _short(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    """A Device. `@pytest.mark.parametrize("device", ["cuda"], indirect=True)` runs a test on that one only."""
+    name = request.param
+    request.node.user_properties.append(("device", name))
+    if name not in _chosen_devices():
+        pytest.skip(f"DETOPS_TEST_DEVICES leaves out {name}")
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU: torch.cuda.is_available() is False")
+    if name != "emulated":
+        yield Device(name)
+        return
+    if otherwise := _load_emulated_kernels():
+        outcome, reason = otherwise
+        outcome(reason)
+    from detops import _library
+
+    with _library.use_namespace("detops_emulated"):
+        yield Device(name)
+
+
+@functools.cache
+def _load_emulated_kernels():
+    """(what to do instead, why), or None when they are loaded; asked once a session, also when the build fails."""
+    from detops import _library
+
+    if os.environ.get("DETOPS_EMULATION") == "0":
+        return pytest.skip, "DETOPS_EMULATION=0"
+    library = os.environ.get("DETOPS_EMULATED_LIBRARY")
+    if not library:
+        build = Path(__file__).parent / "emulation" / "build.py"
+        if not build.exists():
+            return pytest.skip, "no tests/emulation/build.py"
+        if shutil.which("g++") is None:
+            return pytest.skip, "no g++ to build the emulated CUDA kernels"
+        try:
+            library = _module_at(build).build()
+        except Exception as error:
+            return pytest.fail, f"the emulated CUDA kernels do not build: {error}"
+    _library.load_emulation(library)
+    return None
+
+
+def _module_at(path):
+    spec = importlib.util.spec_from_file_location("detops_emulation_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=FLOATING, ids=_short)
+def boxes_dtype(request):
+    return request.param
+
+
+@pytest.fixture(params=FLOATING, ids=_short)
+def scores_dtype(request):
+    return request.param
+
+
+def pytest_generate_tests(metafunc):
+    _chosen_devices()  # refuses a misspelt name before anything runs
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what DETOPS_TEST_DEVICES leaves out."""
+    chosen = _chosen_devices()
+    keep = [item for item in items if _device_of(item) in chosen]
+    if len(keep) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if _device_of(item) not in chosen])
+        items[:] = keep
+
+
+def _device_of(item):
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return params.get("device", "cpu") if "device" in getattr(item, "fixturenames", ()) else "cpu"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How many tests ran on which device, so that a green run on a machine without a GPU is not misread."""
+    counts = {name: Counter() for name in (*DEVICES, "no device")}
+    for outcome in ("passed", "failed", "error", "skipped", "xfailed", "xpassed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            name = dict(getattr(report, "user_properties", ())).get("device", "no device")
+            counts[name][outcome] += 1
+    terminalreporter.section("tests by device")
+    for name, outcomes in counts.items():
+        line = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items()) or "none"
+        terminalreporter.write_line(f"{name}: {line}")

@@ -1,0 +1,194 @@
+"""The compiled library: how it is found, what it says of itself, and that no op lacks its companions."""
+
+import importlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import detops
+from detops import _library
+from detops.__main__ import driver_verdict
+
+ROOT = Path(__file__).parents[1]
+LIBRARY = "_C.abi3.so"
+OPS = _library.op_names()
+
+
+def run_python(*arguments, path):
+    """Runs Python where `detops` is the package in the folder `path`."""
+    environment = {"PYTHONPATH": str(path), "PATH": "/usr/bin:/bin"}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=path, env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def import_error(path, setup="pass"):
+    """The message of the ImportError that `import detops` ends with: one, with no other behind it."""
+    result = run_python("-c", f"{setup}\nimport detops", path=path)
+    assert result.returncode == 1
+    assert result.stderr.count("Traceback") == 1, result.stderr
+    kind, message = result.stderr.strip().splitlines()[-1].split(": ", 1)
+    assert kind == "ImportError"
+    return message
+
+
+@pytest.fixture
+def package_copy(tmp_path):
+    """A folder with a copy of the package, to damage."""
+    shutil.copytree(Path(detops.__file__).parent, tmp_path / "detops", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def test_missing_library(package_copy):
+    (package_copy / "detops" / LIBRARY).unlink()
+    message = import_error(package_copy)
+    assert message.startswith("detops has no compiled library: ")
+    assert f"{LIBRARY} is missing" in message and "installation is incomplete" in message
+    assert "'pip install .'" in message
+
+
+def test_missing_library_in_the_source_folder(package_copy):
+    (package_copy / "detops" / LIBRARY).unlink()
+    (package_copy / "setup.py").touch()
+    message = import_error(package_copy)
+    assert "This is the source folder" in message
+    assert "'pip install .'" in message and "'pip install -e .'" in message
+
+
+def test_library_that_is_no_library(package_copy):
+    (package_copy / "detops" / LIBRARY).write_bytes(b"not an ELF file")
+    message = import_error(package_copy)
+    assert message.startswith("the compiled library of detops cannot be loaded; ")
+    assert f"does not fit this machine or torch {torch.__version__}" in message
+    assert "'pip install .'" in message and "The loader: " in message
+
+
+def test_library_with_an_undefined_symbol(package_copy):
+    library = package_copy / "detops" / LIBRARY
+    content = library.read_bytes()
+    assert b"aoti_torch_abi_version" in content
+    library.write_bytes(content.replace(b"aoti_torch_abi_version", b"aoti_torch_abi_missing"))
+    message = import_error(package_copy)
+    assert "cannot be loaded" in message and "undefined symbol: aoti_torch_abi_missing" in message
+
+
+def test_library_under_an_old_torch(package_copy):
+    (package_copy / "detops" / LIBRARY).write_bytes(b"")
+    old = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.9.1')"
+    message = import_error(package_copy, setup=old)
+    assert "detops needs torch>=2.10, and this is torch 2.9.1: upgrade torch" in message
+
+
+def test_library_of_another_version(package_copy):
+    with open(package_copy / "detops" / "nms.py", "a") as module:
+        module.write("register_fake('absent')(None)\n")
+    message = import_error(package_copy)
+    assert "has no op absent" in message and "'pip install .'" in message
+
+
+def test_importing_the_module_nms_leaves_the_function():
+    code = "import detops, detops.nms; from detops import nms; print(type(detops.nms).__name__, nms is detops.nms)"
+    result = run_python("-c", code, path=Path(detops.__file__).parents[1])
+    assert result.stdout.split() == ["function", "True"], result.stderr
+
+
+def test_version_is_the_one_of_pyproject():
+    version = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert detops.__version__ == version == _library.build_info()["version"]
+
+
+def test_build_info():
+    info = _library.build_info()
+    keys = {"version", "torch", "compiler", "cpu", "cuda", "architectures", "driver", "cuda_stream"}
+    assert info.keys() == keys
+    assert re.fullmatch(r"\d+\.\d+\.\d+", info["torch"])
+    assert re.match(r"(gcc|clang) \d+", info["compiler"])
+    if info["cuda"] is None:
+        assert info["architectures"] is info["driver"] is info["cuda_stream"] is None
+    else:
+        assert re.fullmatch(r"\d+\.\d+", info["cuda"]) and re.match(r"\d+\.\d+", info["architectures"])
+        assert info["driver"] >= 0
+        assert info["cuda_stream"] is (torch.version.cuda is not None)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the processor's features are read from /proc/cpuinfo")
+def test_instruction_set_is_the_best_of_the_processor():
+    cpu = _library.build_info()["cpu"]
+    if cpu == "baseline":
+        pytest.skip("this compiler or processor has no clones per instruction set")
+    flags = set(re.search(r"^flags\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    avx512 = {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"} <= flags
+    assert {"avx2", "fma", "bmi2"} <= flags
+    assert cpu == ("AVX-512 (x86-64-v4)" if avx512 else "AVX2 (x86-64-v3)")
+
+
+def test_report_of_the_installation():
+    result = run_python("-m", "detops", path=Path(detops.__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    report = dict(re.split(r"\s{2,}", line.strip(), maxsplit=1) for line in result.stdout.splitlines())
+    info = _library.build_info()
+    assert report["detops"] == f"{info['version']}, compiled by {info['compiler']}"
+    assert report["torch"] == f"{torch.__version__}, built against {info['torch']}"
+    assert report["CUDA kernels"] == (f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "none")
+    assert report["NVIDIA driver"] == driver_verdict(info)
+    assert re.fullmatch(re.escape(info["cpu"]) + r", \d+ threads", report["CPU code"])
+    assert report["ops"] == str(len(OPS))
+    for op in OPS:
+        assert report[op] == ("cpu, cuda" if info["cuda"] else "cpu")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "verdict"),
+    [
+        (None, None, "not needed"),
+        ("13.0", 0, "none found; the CPU ops work regardless"),
+        ("13.0", 12080, "too old: it is for CUDA 12.8, the kernels are of CUDA 13.0; "),
+        ("13.2", 13000, "fine: it is for CUDA 13.0"),
+        ("12.8", 13000, "fine: it is for CUDA 13.0"),
+    ],
+)
+def test_driver_verdict(cuda, driver, verdict):
+    assert driver_verdict({"cuda": cuda, "driver": driver}).startswith(verdict)
+
+
+def test_use_namespace_switches_and_restores():
+    ops = _library.ops
+    with pytest.raises(KeyError), _library.use_namespace("detops_absent"):
+        assert vars(_library.ops) == {}
+        raise KeyError
+    assert _library.ops is ops
+
+
+def mentions(pattern, op):
+    """The files of the repository that use the op."""
+    use = re.compile(rf"\bdetops\.{op}\b")
+    return [path.name for path in ROOT.glob(pattern) if path != Path(__file__) and use.search(path.read_text())]
+
+
+def test_ops_are_found():
+    assert "nms" in OPS
+
+
+@pytest.mark.parametrize("op", OPS)
+class TestEveryOp:
+    def test_has_a_public_wrapper(self, op):
+        assert callable(getattr(detops, op)) and op in detops.__all__
+
+    def test_has_a_fake(self, op):
+        # torch keeps fakes as kernels for the device "meta".
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"detops::{op}", "Meta")
+
+    def test_has_a_reference(self, op):
+        family = getattr(detops, op).__module__.removeprefix("detops.")
+        assert callable(getattr(importlib.import_module(f"reference.{family}"), op))
+
+    def test_has_a_test(self, op):
+        assert mentions("tests/test_*.py", op)
+
+    def test_has_a_benchmark(self, op):
+        assert mentions("benchmarks/*.py", op)

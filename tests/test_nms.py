@@ -1,0 +1,424 @@
+"""nms and batched_nms: equal, index for index, to the definition in reference/nms.py."""
+
+import shutil
+import subprocess
+import sys
+
+import inputs
+import numpy as np
+import pytest
+import torch
+from inputs import KINDS, THRESHOLDS, to_numpy, to_torch
+from reference import nms as reference
+
+import detops
+from detops import _library
+
+SIZES = (0, 1, 2, 31, 32, 33, 63, 64, 65, 1000)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+
+
+def check(boxes, scores, iou_threshold, idxs=None):
+    """The result for these tensors equals the reference; returns it."""
+    if idxs is None:
+        keep = detops.nms(boxes, scores, iou_threshold)
+        expected = reference.nms(to_numpy(boxes), to_numpy(scores), iou_threshold)
+    else:
+        keep = detops.batched_nms(boxes, scores, idxs, iou_threshold)
+        expected = reference.batched_nms(to_numpy(boxes), to_numpy(scores), to_numpy(idxs), iou_threshold)
+    assert keep.dtype == torch.int64 and keep.device == boxes.device and keep.is_contiguous()
+    np.testing.assert_array_equal(to_numpy(keep), expected)
+    return keep
+
+
+def arguments(n, device="cpu"):
+    arrays = inputs.clustered_boxes(n), inputs.distinct_scores(n), inputs.class_ids(n, 3)
+    return tuple(to_torch(array, device=device) for array in arrays)
+
+
+# The reference itself.
+
+
+@pytest.mark.parametrize("iou_threshold", THRESHOLDS)
+def test_reference_equals_the_loop_over_pairs(iou_threshold):
+    for boxes in (inputs.clustered_boxes(80), inputs.edge_boxes("everything"), inputs.grid_boxes(80)):
+        boxes = boxes.astype(np.float32)
+        for scores in (inputs.distinct_scores(len(boxes)), inputs.odd_scores(len(boxes))):
+            expected = reference.nms_by_pairs(boxes, scores, iou_threshold)
+            np.testing.assert_array_equal(reference.nms(boxes, scores, iou_threshold), expected)
+
+
+# Not at 0, where the neighbours are subnormal, nor at 1, where rounding the sum of the areas jumps over them.
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("iou_threshold", THRESHOLDS[1:-1])
+def test_pairs_on_threshold_take_it_and_its_neighbours(iou_threshold, dtype):
+    pairs = inputs.pairs_on_threshold(iou_threshold, dtype).astype(dtype).reshape(-1, 2, 4)
+    target = dtype(iou_threshold)
+    wanted = {target, np.nextafter(target, dtype(0)), np.nextafter(target, dtype(1))}
+    assert wanted <= {reference.iou(first, second) for first, second in pairs}
+
+
+# Written-out cases.
+
+
+@pytest.mark.parametrize(
+    ("second", "iou_threshold", "keep"),
+    [
+        ([0, 0, 5, 10], 0.5, [0, 1]),  # IoU 1/2 is not greater than 0.5
+        ([0, 0, 5, 10], 0.4999, [0]),
+        ([0, 0, 1, 10], 0.1, [0]),  # float32(0.1) > 0.1
+        ([0, 0, 7, 10], 0.7, [0, 1]),  # float32(0.7) < 0.7
+        ([10, 0, 20, 10], 0.0, [0, 1]),  # touching boxes do not overlap
+        ([0, 0, 10, 10], 1.0, [0, 1]),
+        ([0, 0, 10, 10], 0.9999, [0]),
+        ([0, 0, 10, 10], float("inf"), [0, 1]),
+        ([0, 0, 0.0009765625, 0.0009765625], 1e-300, [0]),
+    ],
+)
+def test_the_threshold_is_strict_and_a_double(device, second, iou_threshold, keep):
+    boxes, scores = device.put([[0.0, 0, 10, 10], second]), device.put([0.9, 0.8])
+    assert detops.nms(boxes, scores, iou_threshold).tolist() == keep
+
+
+def test_float64_boxes_are_compared_in_float64(device):
+    # IoU 1/10: in float32 a little above the double 0.1, in float64 equal to it.
+    boxes, scores = device.put([[0.0, 0, 10, 1], [0, 0, 1, 1]]), device.put([0.9, 0.8])
+    assert detops.nms(boxes, scores, 0.1).tolist() == [0]
+    assert detops.nms(boxes.double(), scores, 0.1).tolist() == [0, 1]
+
+
+def test_equal_scores_keep_the_lower_index_and_nan_comes_first(device):
+    boxes = device.put([[0.0, 0, 10, 10], [0, 0, 10, 9], [20, 20, 30, 30], [40, 40, 50, 50]])
+    scores = device.put([0.0, -0.0, 1.0, np.nan])
+    assert detops.nms(boxes, scores, 0.5).tolist() == [3, 2, 0]
+    assert detops.nms(boxes.flip(0), scores.flip(0), 0.5).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("odd", ["nan", "infinite", "inverted", "zero_area"])
+def test_boxes_without_an_iou_neither_suppress_nor_are_suppressed(device, odd):
+    boxes = device.put(inputs.edge_boxes(odd))
+    x1, y1, x2, y2 = boxes.double().unbind(1)
+    ordinary = boxes.isfinite().all(1) & (x2 > x1) & (y2 > y1)
+    scores = device.put(inputs.distinct_scores(len(boxes)))
+    keep = detops.nms(boxes, scores, 0.0)
+    assert set(keep.tolist()) >= set((~ordinary).nonzero().flatten().tolist())
+    alone = ordinary.nonzero().flatten()
+    survivors = alone[detops.nms(boxes[alone], scores[alone], 0.0)]
+    assert keep[ordinary[keep]].tolist() == survivors.tolist()
+
+
+def test_no_boxes(device):
+    boxes, scores, ids = arguments(0, device.torch)
+    for keep in (detops.nms(boxes, scores, 0.5), detops.batched_nms(boxes, scores, ids, 0.5)):
+        assert keep.shape == (0,) and keep.dtype == torch.int64 and keep.device == boxes.device
+
+
+# Against the reference.
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", SIZES)
+def test_sizes(device, n, kind):
+    n = device.limit(n)
+    boxes = device.put(KINDS[kind](n, seed=n))
+    for iou_threshold in THRESHOLDS:
+        check(boxes, device.put(inputs.distinct_scores(n)), iou_threshold)
+        check(boxes, device.put(inputs.tied_scores(n)), iou_threshold)
+
+
+@pytest.mark.parametrize("iou_threshold", THRESHOLDS)
+@pytest.mark.parametrize(
+    ("kind", "n"), [*[(kind, 3000) for kind in KINDS], ("uniform", 20_000), ("clustered", 20_000), ("scales", 8000)]
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_many_boxes(device, kind, n, iou_threshold):
+    scores = inputs.distinct_scores(n) if kind == "uniform" else inputs.tied_scores(n, levels=n // 3)
+    boxes = device.put(KINDS[kind](n, seed=1))
+    check(boxes, device.put(scores), iou_threshold)
+
+
+# A kept failure: areas so small that float32 rounds them coarsely raise a computed IoU far above the exact one, so
+# that bounds which hold for exact IoUs do not hold for it.
+@pytest.mark.parametrize("iou_threshold", [0.3, 0.5, 0.7, 0.9, 0.99])
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_many_boxes_with_subnormal_areas(device, iou_threshold):
+    boxes = device.put(inputs.boxes_of_all_scales(6000, smallest=1e-24, largest=1e-20))
+    check(boxes, device.put(inputs.distinct_scores(6000)), iou_threshold)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_many_odd_boxes_among_ordinary_ones(device):
+    odd = np.tile(inputs.edge_boxes("everything"), (10, 1))
+    boxes = np.random.default_rng(0).permutation(np.concatenate([odd, inputs.clustered_boxes(5000)]))
+    for dtype in (torch.float32, torch.float64):
+        for iou_threshold in (0.0, 0.3, 0.7, 0.99):
+            scores = device.put(inputs.tied_scores(len(boxes), levels=1000))
+            check(device.put(boxes, dtype), scores, iou_threshold)
+
+
+def test_dtypes(device, boxes_dtype, scores_dtype):
+    n = device.limit(500, emulated=130)
+    for boxes in (inputs.clustered_boxes(n), inputs.pairs_of_small_ratios(8), inputs.edge_boxes("everything")):
+        boxes = device.put(boxes, boxes_dtype)
+        for scores in (inputs.distinct_scores(len(boxes)), inputs.odd_scores(len(boxes))):
+            check(boxes, device.put(scores, scores_dtype), 0.5)
+
+
+@pytest.mark.parametrize("name", inputs.EDGES)
+def test_edges(device, name, boxes_dtype):
+    boxes = device.put(inputs.edge_boxes(name), boxes_dtype)
+    for iou_threshold in THRESHOLDS:
+        check(boxes, device.put(inputs.distinct_scores(len(boxes))), iou_threshold)
+        check(boxes, device.put(inputs.odd_scores(len(boxes))), iou_threshold)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("iou_threshold", THRESHOLDS)
+def test_pairs_on_threshold(device, iou_threshold, dtype):
+    # Each pair is a class of its own, so that its IoU alone decides.
+    pairs = inputs.pairs_on_threshold(iou_threshold, dtype, n=device.limit(64, emulated=8))
+    ids = device.put(np.arange(len(pairs)) // 2)
+    boxes = device.put(pairs, getattr(torch, np.dtype(dtype).name))
+    check(boxes, device.put(np.zeros(len(pairs))), iou_threshold, ids)
+
+
+@pytest.mark.parametrize("iou_threshold", [*THRESHOLDS, 0.2, 0.25, 1 / 3, 0.6, 2 / 3, 0.8, float(np.float32(0.1))])
+def test_small_ratios_in_every_dtype(device, iou_threshold, boxes_dtype):
+    pairs = inputs.pairs_of_small_ratios(device.limit(20, emulated=10))
+    ids = device.put(np.arange(len(pairs)) // 2)
+    check(device.put(pairs, boxes_dtype), device.put(np.ones(len(pairs))), iou_threshold, ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("classes", [1, 3, 80, 1000])
+def test_classes(device, classes, kind):
+    n = device.limit(3000)
+    boxes, ids = device.put(KINDS[kind](n)), device.put(inputs.class_ids(n, classes))
+    for iou_threshold in (0.0, 0.5, 0.9):
+        for scores in (inputs.distinct_scores(n), inputs.tied_scores(n), inputs.odd_scores(n)):
+            scores = device.put(scores)
+            keep = check(boxes, scores, iou_threshold, ids)
+            if classes == 1:
+                assert keep.tolist() == detops.nms(boxes, scores, iou_threshold).tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_one_huge_class_among_small_ones(device):
+    ids = np.where(np.arange(12_000) % 10 == 0, inputs.class_ids(12_000, 300), -7)
+    boxes, scores = inputs.clustered_boxes(12_000), inputs.tied_scores(12_000, levels=999)
+    check(device.put(boxes), device.put(scores), 0.6, device.put(ids))
+
+
+@pytest.mark.parametrize("idxs_dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+def test_class_id_dtypes_and_extremes(device, idxs_dtype):
+    n, limits = 200, torch.iinfo(idxs_dtype)
+    # Ids that agree in their low 32 bits, or differ by one at 2^62, are different classes.
+    far = [0, 1, 2**32, 2**32 + 1, 2**62, 2**62 + 1, -(2**62), -1, 2**31 - 1, -(2**31)]
+    values = [limits.min, limits.max, *(value for value in far if limits.min <= value <= limits.max)]
+    ids = torch.tensor(values, dtype=idxs_dtype)[torch.arange(n) % len(values)].to(device.torch)
+    boxes = device.put(inputs.clustered_boxes(n, per_object=100))
+    check(boxes, device.put(inputs.distinct_scores(n)), 0.3, ids)
+
+
+def test_classes_with_odd_boxes_and_negative_coordinates(device, boxes_dtype):
+    for boxes in (inputs.edge_boxes("everything"), inputs.clustered_boxes(200) - 1000):
+        ids = device.put(inputs.class_ids(len(boxes), 3))
+        boxes = device.put(boxes, boxes_dtype)
+        check(boxes, device.put(inputs.tied_scores(len(boxes))), 0.3, ids)
+
+
+def test_inputs_of_any_strides_are_read_and_left_alone(device):
+    n = 150
+    wide = device.put(inputs.clustered_boxes(2 * n))
+    scores = device.put(inputs.distinct_scores(2 * n))
+    ids = device.put(inputs.class_ids(2 * n, 3))
+    rows = torch.cat([wide, scores[:, None], ids[:, None].float()], dim=1)  # a detector's [N, 6] rows
+    cases = [
+        (wide[::2], scores[::2], ids[::2]),
+        (wide[n:], scores[n:], ids[n:]),
+        (wide.t().contiguous().t(), scores, ids),
+        (rows[:, :4], rows[:, 4], rows[:, 5].long()),
+        (wide[:1].expand(n, 4), scores[:1].expand(n), ids[:1].expand(n)),
+    ]
+    for boxes, scores, ids in cases:
+        before = [tensor.clone() for tensor in (boxes, scores, ids)]
+        check(boxes, scores, 0.4)
+        check(boxes, scores, 0.4, ids)
+        assert all(torch.equal(tensor, old) for tensor, old in zip((boxes, scores, ids), before, strict=True))
+
+
+def test_boxes_and_scores_that_require_grad(device):
+    boxes = device.put(inputs.clustered_boxes(50)).requires_grad_()
+    scores = device.put(inputs.distinct_scores(50)).requires_grad_()
+    keep = check(boxes, scores, 0.5)
+    assert not keep.requires_grad
+    scores[keep].sum().backward()
+    assert scores.grad.nonzero().flatten().tolist() == sorted(keep.tolist())
+
+
+def test_drawn_boxes(device):
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+    odd = st.sampled_from([np.inf, -np.inf, np.nan, -0.0, 1e30, -3e38, 1e-30, 0.1])
+    coordinate = st.one_of(st.integers(0, 8).map(float), odd, st.floats(width=32))
+    score = st.one_of(st.sampled_from([0.0, -0.0, 0.5, 1.0, np.nan, np.inf, -np.inf]), st.floats(width=32))
+    threshold = st.one_of(st.sampled_from([*THRESHOLDS, 0.25, 1 / 3, 0.2, 1e-300]), st.floats(0, 1))
+    row = st.tuples(*[coordinate] * 4, score, st.sampled_from([0, 1, -1, 2**62, 2**62 + 1]))
+
+    @hypothesis.settings(max_examples=device.limit(300, emulated=25), deadline=None, derandomize=True, database=None)
+    @hypothesis.given(st.lists(row, max_size=40), threshold, st.sampled_from([torch.float32, torch.float64]))
+    def check_drawn(rows, iou_threshold, dtype):
+        boxes = device.put(np.array([row[:4] for row in rows]).reshape(-1, 4), dtype)
+        scores = device.put(np.array([row[4] for row in rows], dtype=np.float32))
+        ids = device.put(np.array([row[5] for row in rows], dtype=np.int64))
+        check(boxes, scores, iou_threshold)
+        check(boxes, scores, iou_threshold, ids)
+
+    check_drawn()
+
+
+# Bad input.
+
+BOXES_3, SCORES_3, IDS_3 = torch.zeros(3, 4), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, float("-inf")])
+def test_bad_options(device, value):
+    boxes, scores, ids = (tensor.to(device.torch) for tensor in (BOXES_3, SCORES_3, IDS_3))
+    with pytest.raises(ValueError, match=f"^nms: iou_threshold must be at least 0, got {value}"):
+        detops.nms(boxes, scores, value)
+    with pytest.raises(ValueError, match=f"^batched_nms: iou_threshold must be at least 0, got {value}"):
+        detops.batched_nms(boxes, scores, ids, value)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "idxs", "message"),
+    [
+        (torch.zeros(3, 5), SCORES_3, IDS_3, r"boxes must have shape \[N, 4\], got \[3, 5\]"),
+        (torch.zeros(4), SCORES_3, IDS_3, r"boxes must have shape \[N, 4\], got \[4\]"),
+        (torch.zeros(2, 3, 4), SCORES_3, IDS_3, r"boxes must have shape \[N, 4\], got \[2, 3, 4\]"),
+        (torch.tensor(1.0), SCORES_3, IDS_3, r"boxes must have shape \[N, 4\], got \[\]"),
+        (BOXES_3, torch.zeros(4), IDS_3, r"scores must have shape \[N\] with N = 3, got \[4\]"),
+        (BOXES_3, torch.zeros(3, 1), IDS_3, r"scores must have shape \[N\] with N = 3, got \[3, 1\]"),
+        (BOXES_3.long(), SCORES_3, IDS_3, "boxes must be float16, bfloat16, float32 or float64, got int64"),
+        (BOXES_3, SCORES_3.int(), IDS_3, "scores must be float16, bfloat16, float32 or float64, got int32"),
+        (BOXES_3, SCORES_3, IDS_3[:2], r"idxs must have shape \[N\] with N = 3, got \[2\]"),
+        (BOXES_3, SCORES_3, IDS_3[None], r"idxs must have shape \[N\] with N = 3, got \[1, 3\]"),
+        (BOXES_3, SCORES_3, IDS_3.float(), "idxs must be an integer tensor, got float32"),
+    ],
+)
+def test_bad_tensors(device, boxes, scores, idxs, message):
+    boxes, scores, idxs = (tensor.to(device.torch) for tensor in (boxes, scores, idxs))
+    with pytest.raises(RuntimeError, match=f"^batched_nms: {message}"):
+        detops.batched_nms(boxes, scores, idxs, 0.5)
+    if not message.startswith("idxs"):
+        with pytest.raises(RuntimeError, match=f"^nms: {message}"):
+            detops.nms(boxes, scores, 0.5)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_tensors_on_different_devices(device):
+    boxes = BOXES_3.to(device.torch)
+    with pytest.raises(RuntimeError, match="^nms: scores must be on the device of boxes"):
+        detops.nms(boxes, SCORES_3, 0.5)
+    with pytest.raises(RuntimeError, match="^batched_nms: idxs must be on the device of boxes"):
+        detops.batched_nms(boxes, SCORES_3.to(device.torch), IDS_3, 0.5)
+
+
+# A PyTorch citizen.
+
+
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_opcheck(device, n):
+    boxes, scores, ids = arguments(n, device.torch)
+    torch.library.opcheck(_library.ops.nms, (boxes, scores, 0.5))
+    torch.library.opcheck(_library.ops.batched_nms, (boxes, scores, ids, 0.5))
+
+
+@needs_compiler
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_compile_in_one_graph(device):
+    def thin(boxes, scores, ids):
+        keep = detops.batched_nms(boxes, scores, ids, 0.5)
+        return boxes[detops.nms(boxes, scores, 0.5)] * 2, scores[keep] + 1
+
+    compiled = torch.compile(thin, fullgraph=True)
+    for n in (40, 60):  # two sizes: the second makes N dynamic
+        for got, expected in zip(compiled(*arguments(n, device.torch)), thin(*arguments(n, device.torch)), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_export_with_any_number_of_boxes():
+    class Thin(torch.nn.Module):
+        def forward(self, boxes, scores, ids):
+            return detops.nms(boxes, scores, 0.5), detops.batched_nms(boxes, scores, ids, 0.5)
+
+    dynamic = {0: torch.export.Dim("n", min=2)}
+    program = torch.export.export(Thin(), arguments(40), dynamic_shapes=(dynamic, dynamic, dynamic))
+    for n in (40, 300):
+        keep, keep_by_class = program.module()(*arguments(n))
+        boxes, scores, ids = (to_numpy(tensor) for tensor in arguments(n))
+        np.testing.assert_array_equal(to_numpy(keep), reference.nms(boxes, scores, 0.5))
+        np.testing.assert_array_equal(to_numpy(keep_by_class), reference.batched_nms(boxes, scores, ids, 0.5))
+
+
+# The same on every run, in bounded memory.
+
+
+@pytest.fixture
+def restore_threads():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_any_number_of_threads_gives_the_same_result(restore_threads):
+    boxes, scores = to_torch(inputs.clustered_boxes(20_000)), to_torch(inputs.tied_scores(20_000, levels=3000))
+    ids = {classes: to_torch(inputs.class_ids(20_000, classes)) for classes in (1, 7, 1000)}
+    results = {}
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        keeps = [detops.nms(boxes, scores, 0.7), *(detops.batched_nms(boxes, scores, i, 0.7) for i in ids.values())]
+        results[threads] = [keep.tolist() for keep in keeps]
+    assert results[1][0] == reference.nms(to_numpy(boxes), to_numpy(scores), 0.7).tolist()
+    assert results[1] == results[2] == results[3] == results[8]
+
+
+def test_the_same_on_every_run(device):
+    n = device.limit(4000)
+    boxes, scores = device.put(inputs.clustered_boxes(n)), device.put(np.zeros(n))
+    first = check(boxes, scores, 0.5).tolist()
+    assert all(detops.nms(boxes, scores, 0.5).tolist() == first for _ in range(3))
+
+
+MEMORY = """
+import resource, torch, detops
+torch.manual_seed(0)
+corner, side = torch.rand(200_000, 2) * 4000, torch.rand(200_000, 2) * 60 + 5
+boxes, scores, ids = torch.cat([corner, corner + side], 1), torch.rand(200_000), torch.randint(80, (200_000,))
+{warm}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+keep = {call}
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(len(keep), (after - before) * 1024)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+@pytest.mark.parametrize("call", ["detops.nms(boxes, scores, 0.7)", "detops.batched_nms(boxes, scores, ids, 0.7)"])
+def test_extra_memory_follows_the_number_of_boxes(call):
+    warm = call.replace("boxes, scores", "boxes[:99], scores[:99]").replace("ids", "ids[:99]")
+    script = MEMORY.format(call=call, warm=warm)
+    kept, extra = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    # A bit mask of all pairs would be 5 GB, a list of neighbours about 1 GB.
+    assert kept > 10_000 and extra < 100e6
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_extra_memory_on_the_gpu(device):
+    boxes, scores = to_torch(inputs.uniform_boxes(100_000), device="cuda"), torch.rand(100_000, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    assert len(detops.nms(boxes, scores, 0.5)) > 0
+    assert torch.cuda.max_memory_allocated() - before < 64e6
