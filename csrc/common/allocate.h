@@ -26,7 +26,7 @@ inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes
     for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     // Trainers look for the words "CUDA out of memory" to retry with a smaller batch.
     fail(op, std::string(like.is_cuda() ? "CUDA out of memory" : "out of memory") + " allocating a " +
-                 dtype_name(dtype) + " tensor of shape [" + shape + "]");
+                 dtype_name(dtype) + " tensor of shape [" + shape + "]" + last_torch_error());
   }
   return Tensor(handle);
 }

@@ -4,6 +4,8 @@
 // std::runtime_error, which PyTorch passes on as RuntimeError with the text as it stands.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <cstdint>
 #include <initializer_list>
 #include <stdexcept>
@@ -22,6 +24,15 @@ using torch::stable::Tensor;
 
 [[noreturn]] inline void fail(const char* op, const std::string& text) {
   throw std::runtime_error(std::string(op) + ": " + text);
+}
+
+// ": " and the text of the error that a call into PyTorch has just returned. Empty before torch 2.13, which has no
+// function for it (the error is on stderr there).
+inline std::string last_torch_error() {
+  using GetText = const char* (*)();
+  static const auto get_text =
+      reinterpret_cast<GetText>(dlsym(RTLD_DEFAULT, "torch_exception_get_what_without_backtrace"));
+  return get_text != nullptr ? std::string(": ") + get_text() : std::string();
 }
 
 inline std::string dtype_name(ScalarType dtype) {

@@ -41,6 +41,12 @@ void dispatch_compute_type(ScalarType dtype, Body&& body) {
   return body(TypeTag<float>{});
 }
 
+// Calls an op of PyTorch: `stack` holds its arguments and then its results.
+inline void call_torch(const char* op, const char* name, const char* overload, StableIValue* stack) {
+  if (torch_call_dispatcher(name, overload, stack, TORCH_ABI_VERSION) == AOTI_TORCH_SUCCESS) return;
+  fail(op, std::string(name) + " failed" + last_torch_error());
+}
+
 #if defined(DETOPS_WITH_CUDA) || defined(DETOPS_EMULATED)
 #define DETOPS_GPU_ONLY(statement) statement
 #else

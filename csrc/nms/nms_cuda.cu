@@ -236,32 +236,32 @@ __global__ void nms_propagate_kernel(Sorted<T> sorted, int first, IouThreshold<T
 }
 
 // torch.sort(values, stable=True): the sorted values and their indices.
-std::pair<Tensor, Tensor> stable_sort(const Tensor& values, bool descending) {
+std::pair<Tensor, Tensor> stable_sort(const char* op, const Tensor& values, bool descending) {
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  StableIValue stack[4] = {from(values), from(std::optional<bool>(true)), from(int64_t(0)), from(descending)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::sort", "stable", stack, TORCH_ABI_VERSION));
+  StableIValue stack[] = {from(values), from(std::optional<bool>(true)), from(int64_t(0)), from(descending)};
+  call_torch(op, "aten::sort", "stable", stack);
   return {to<Tensor>(stack[0]), to<Tensor>(stack[1])};
 }
 
-Tensor index_select(const Tensor& values, const Tensor& indices) {
+Tensor index_select(const char* op, const Tensor& values, const Tensor& indices) {
   using torch::stable::detail::from;
-  StableIValue stack[3] = {from(values), from(int64_t(0)), from(indices)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack, TORCH_ABI_VERSION));
+  StableIValue stack[] = {from(values), from(int64_t(0)), from(indices)};
+  call_torch(op, "aten::index_select", "", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 // The selected values, in order. Synchronises, for their number.
-Tensor masked_select(const Tensor& values, const Tensor& mask) {
+Tensor masked_select(const char* op, const Tensor& values, const Tensor& mask) {
   using torch::stable::detail::from;
-  StableIValue stack[2] = {from(values), from(mask)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::masked_select", "", stack, TORCH_ABI_VERSION));
+  StableIValue stack[] = {from(values), from(mask)};
+  call_torch(op, "aten::masked_select", "", stack);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 Tensor rank_order(const char* op, const Tensor& scores, cudaStream_t stream) {
   const int count = static_cast<int>(scores.size(0));
-  if (count > kSmall) return stable_sort(scores, true).second;
+  if (count > kSmall) return stable_sort(op, scores, true).second;
   const Tensor order = allocate(op, {count}, ScalarType::Long, scores);
   dispatch_floating(scores.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
@@ -306,7 +306,7 @@ Tensor nms_cuda(const char* op, const Tensor& boxes, const Tensor& scores, const
   const bool grouped = idxs != nullptr && count > kSmall;
   Tensor ids, ranks, bounds, keep;
   if (grouped) {
-    std::tie(ids, ranks) = stable_sort(index_select(*idxs, order), false);
+    std::tie(ids, ranks) = stable_sort(op, index_select(op, *idxs, order), false);
     bounds = allocate(op, {2, count}, ScalarType::Int, boxes);
     DETOPS_LAUNCH(nms_segments_kernel, grid, kThreads, 0, stream, ids.const_data_ptr<int64_t>(), count,
                   bounds.mutable_data_ptr<int>(), bounds.mutable_data_ptr<int>() + count);
@@ -353,7 +353,7 @@ Tensor nms_cuda(const char* op, const Tensor& boxes, const Tensor& scores, const
     suppress(sorted, result, iou_threshold, stream);
   });
 
-  if (grouped) return masked_select(order, keep);
+  if (grouped) return masked_select(op, order, keep);
   int64_t kept = 0;
   check_cuda(cudaMemcpyAsync(&kept, result.indices_count, sizeof(kept), cudaMemcpyDeviceToHost, stream), op);
   check_cuda(cudaStreamSynchronize(stream), op);

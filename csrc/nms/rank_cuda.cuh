@@ -1,6 +1,7 @@
 // Keys that order scored items on a GPU.
 #pragma once
 
+#include "common/launch_cuda.cuh"
 #include "nms/nms.h"
 
 namespace DETOPS_NAMESPACE {

@@ -38,11 +38,11 @@ class ScaleIndex {
     return static_cast<int64_t>((x_hash + y_hash * 0xD6E8FEB86659FD93u) >> (64 - bucket_bits_));
   }
 
-  // False for sides so far out that a cell number could overflow.
+  // False for sides so far out that areas could be subnormal, hence imprecise, or a cell number could overflow.
   template <class T>
   static bool covers(const Box<T>& box) {
     const double width = double(box.x2) - double(box.x1), height = double(box.y2) - double(box.y1);
-    return width > 1e-30 && width < 1e30 && height > 1e-30 && height < 1e30;
+    return width > 1e-15 && width < 1e15 && height > 1e-15 && height < 1e15;
   }
 
   // The cell of a kept box along one axis.
