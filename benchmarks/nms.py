@@ -152,18 +152,23 @@ def follows_definition(keep, boxes, scores, idxs=None, *, iou_threshold) -> bool
 
 
 def detections_follow_definition(detections, boxes, scores) -> bool:
-    """The same for every image. Candidates that rank below a full list's last row have no say."""
+    """The same for every image. Candidates that rank below the last row of a full list have no say."""
     for i, count in enumerate(detections.counts.tolist()):
+        indices, labels = detections.indices[i, :count], detections.labels[i, :count]
+        listed = [boxes[i, indices], scores[i, indices, labels]]
         candidate = scores[i] > SCORE_THRESHOLD
+        if not candidate[indices, labels].all():
+            return False
+        if not same(listed, [detections.boxes[i, :count], detections.scores[i, :count]]):
+            return False
         if count == MAX_DETECTIONS:
-            candidate &= scores[i] >= detections.scores[i, -1]
-        rows, labels = candidate.nonzero(as_tuple=True)
-        place = torch.full(candidate.shape, -1, device=rows.device)
-        place[rows, labels] = torch.arange(len(rows), device=rows.device)
-        keep = place[detections.indices[i, :count], detections.labels[i, :count]]
-        if (keep < 0).any() or not follows_definition(
-            keep, boxes[i, rows], scores[i, rows, labels], labels, iou_threshold=0.5
-        ):
+            candidate = scores[i] > listed[1][-1]
+            candidate[indices, labels] = True
+        rows, columns = candidate.nonzero(as_tuple=True)
+        place = torch.empty_like(candidate, dtype=torch.int64)
+        place[rows, columns] = torch.arange(len(rows), device=rows.device)
+        keep = place[indices, labels]
+        if not follows_definition(keep, boxes[i, rows], scores[i, rows, columns], columns, iou_threshold=0.5):
             return False
     return True
 

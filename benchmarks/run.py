@@ -76,21 +76,22 @@ def progress_bar(total: int):
 def plot(report: dict, path: str) -> None:
     """Ratios of every case, and time against size."""
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     cases = [case for case in report["cases"] if case["peers"]]
     figure = Figure(figsize=(16, 3 + 0.3 * len(cases)), layout="tight")
     ratios, scaling = figure.subplots(1, 2)
     peers = list(dict.fromkeys(name for case in cases for name in case["peers"]))
-    for offset, peer in enumerate(peers):
-        rows = [(i, case["peers"][peer]["ratio"]) for i, case in enumerate(cases) if peer in case["peers"]]
-        height = 0.8 / len(peers)
-        ratios.barh([i + offset * height for i, _ in rows], [r for _, r in rows], height=height, label=peer)
-    ratios.set_yticks([i + 0.4 for i in range(len(cases))], [case["name"] for case in cases])
+    for row, case in enumerate(cases):
+        height = 0.8 / len(case["peers"])
+        for i, (name, peer) in enumerate(case["peers"].items()):
+            ratios.barh(row + i * height, peer["ratio"], height, align="edge", color=f"C{peers.index(name)}")
+    ratios.set_yticks([row + 0.4 for row in range(len(cases))], [case["name"] for case in cases])
+    ratios.legend([Patch(color=f"C{i}") for i in range(len(peers))], peers)
     ratios.invert_yaxis()
     ratios.set_xscale("log")
     ratios.axvline(1, color="black", linewidth=1)
     ratios.set_xlabel("peer's time / detops's time")
-    ratios.legend()
 
     for colour, series in enumerate(dict.fromkeys(case["series"] for case in report["cases"] if case["series"])):
         members = [case for case in report["cases"] if case["series"] == series]

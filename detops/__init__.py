@@ -9,6 +9,15 @@ its main function share a name, as `nms`, the name in this package is the functi
 
 from . import _library  # first: it loads the compiled library or says why it cannot
 from .boxes import GroundTruth, pad_ground_truth
+from .iou import (
+    box_ioa,
+    box_iou,
+    complete_box_iou,
+    distance_box_iou,
+    efficient_box_iou,
+    generalized_box_iou,
+    max_iou,
+)
 from .nms import Detections, batched_nms, multiclass_nms, nms
 
 __version__ = _library.version
@@ -17,6 +26,13 @@ __all__ = [
     "Detections",
     "GroundTruth",
     "batched_nms",
+    "box_ioa",
+    "box_iou",
+    "complete_box_iou",
+    "distance_box_iou",
+    "efficient_box_iou",
+    "generalized_box_iou",
+    "max_iou",
     "multiclass_nms",
     "nms",
     "pad_ground_truth",

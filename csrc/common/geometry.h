@@ -1,6 +1,8 @@
 // Boxes and their areas and intersections.
 #pragma once
 
+#include <limits>
+
 #include "common/host_device.h"
 
 namespace DETOPS_NAMESPACE {
@@ -18,6 +20,14 @@ DETOPS_HD Box<T> load_box(const Source* coordinates) {
           static_cast<T>(coordinates[3])};
 }
 
+template <class T, class Target>
+DETOPS_HD void store_box(const Box<T>& box, Target* coordinates) {
+  coordinates[0] = static_cast<Target>(box.x1);
+  coordinates[1] = static_cast<Target>(box.y1);
+  coordinates[2] = static_cast<Target>(box.x2);
+  coordinates[3] = static_cast<Target>(box.y2);
+}
+
 // Not clamped: negative for a box that is inverted along one axis, as in torchvision.
 template <class T>
 DETOPS_HD T box_area(const Box<T>& box) {
@@ -30,6 +40,11 @@ DETOPS_HD T intersection_area(const Box<T>& a, const Box<T>& b) {
   const T height = max_of(min_of(a.y2, b.y2) - max_of(a.y1, b.y1), T(0));
   return width * height;
 }
+
+// A quotient a / b that rounds to more than t has a >= t * kSlightlyLess * b in rounded arithmetic too: comparing so
+// first saves most divisions.
+template <class T>
+constexpr T kSlightlyLess = T(1) - 8 * std::numeric_limits<T>::epsilon();
 
 // True if the box can have a positive IoU with some box. False for inverted boxes, for boxes with a NaN or infinite
 // coordinate and where the area under- or overflows: their IoU with anything is 0 or NaN.

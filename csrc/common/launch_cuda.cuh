@@ -113,4 +113,13 @@ __device__ inline void relaxed_store(T* address, T value) {
 #endif
 }
 
+// The sum over a whole warp, in the order of a fixed tree. All lanes get it.
+template <class T>
+__device__ inline T warp_sum(T value) {
+  for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
+    value += __shfl_xor_sync(kFullWarp, value, distance);
+  }
+  return value;
+}
+
 }  // namespace DETOPS_NAMESPACE

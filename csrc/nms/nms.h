@@ -12,7 +12,6 @@
 #pragma once
 
 #include <cmath>
-#include <limits>
 #include <tuple>
 
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +28,7 @@ struct IouThreshold {
 
   explicit IouThreshold(double threshold) : exact(static_cast<T>(threshold)) {
     if (static_cast<double>(exact) > threshold) exact = std::nextafter(exact, T(-1));
-    quick = exact * (T(1) - 8 * std::numeric_limits<T>::epsilon());
+    quick = exact * kSlightlyLess<T>;
   }
 };
 

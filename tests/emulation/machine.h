@@ -100,5 +100,5 @@ void synchronize();
 
 extern "C" {
 // The names of the kernels that were launched so far, one a line. Valid until the next call.
-const char* detops_emulated_kernels();
+__attribute__((visibility("default"))) const char* detops_emulated_kernels();
 }

@@ -14,7 +14,8 @@
 #if defined(DETOPS_SANITIZE_THREAD)
 #include <sanitizer/common_interface_defs.h>
 #include <sanitizer/tsan_interface.h>
-#include <sanitizer/tsan_interface_atomic.h>
+// What the compiler makes of an atomic store in instrumented code; g++ ships no header for it.
+extern "C" void __tsan_atomic32_store(volatile int32_t* address, int32_t value, int memory_order);
 #endif
 #if defined(DETOPS_SANITIZE_UNDEFINED)
 #include <sanitizer/common_interface_defs.h>
@@ -49,14 +50,13 @@ inline void allow_memory([[maybe_unused]] const void* begin, [[maybe_unused]] si
 
 // A meeting point in memory: what happened before `release` happens before what follows `acquire` on the same point.
 struct OrderPoint {
-  uint32_t address_only;
+  int32_t cell;
 };
 
 // Forgets earlier releases.
 inline void first_release([[maybe_unused]] OrderPoint& point) {
 #if defined(DETOPS_SANITIZE_THREAD)
-  __tsan_atomic32_store(reinterpret_cast<volatile __tsan_atomic32*>(&point.address_only), 0,
-                        __tsan_memory_order_release);
+  __tsan_atomic32_store(&point.cell, 0, __ATOMIC_RELEASE);
 #endif
 }
 

@@ -1,0 +1,107 @@
+// What the entries of the iou ops share: shapes, checks, dispatch, and the declarations of the launches.
+#pragma once
+
+#include <type_traits>
+#include <vector>
+
+#include "common/allocate.h"
+#include "common/dispatch.h"
+#include "iou/iou.h"
+
+namespace DETOPS_NAMESPACE {
+
+// boxes1 [..., N, 4] and boxes2 [..., M, 4] as batch x rows and batch x columns; aligned boxes are rows only. The
+// strides between the images of a batch are 0 where all images share boxes.
+struct IouShape {
+  int64_t batch, rows, columns;
+  int64_t stride1, stride2;
+};
+
+// Dense boxes, whatever the stride between images, and that stride.
+struct IouBoxes {
+  Tensor tensor;
+  int64_t stride;
+
+  explicit IouBoxes(const Tensor& boxes, bool aligned) : tensor(boxes), stride(0) {
+    const int64_t last = boxes.dim() - 1;
+    const int64_t per_image = aligned ? 0 : 4 * boxes.size(last - 1);
+    bool shared = !aligned && boxes.stride(last) == 1 && boxes.stride(last - 1) == 4;
+    for (int64_t i = 0; shared && i < last - 1; ++i) shared = boxes.stride(i) == 0;
+    if (shared && last > 1) return;
+    tensor = as_contiguous(boxes);
+    stride = per_image;
+  }
+};
+
+// Half and integer boxes were made float32 by the caller: they are few beside the pairs.
+inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tensor& boxes2, bool aligned) {
+  const auto check_last = [&](const char* argument, const Tensor& boxes, const char* rule, int64_t least_dim) {
+    if (boxes.dim() >= least_dim && boxes.size(boxes.dim() - 1) == 4) return;
+    fail(op, std::string(argument) + " must have shape " + rule + ", got " + shape_text(boxes));
+  };
+  const auto check_leading = [&](int64_t dims) {
+    bool same = boxes1.dim() == boxes2.dim();
+    for (int64_t i = 0; same && i < dims; ++i) same = boxes1.size(i) == boxes2.size(i);
+    if (same) return;
+    fail(op, std::string("boxes2 must have the ") + (aligned ? "shape" : "batch dimensions") + " of boxes1 (" +
+                 shape_text(boxes1) + "), got " + shape_text(boxes2));
+  };
+  check_last("boxes1", boxes1, aligned ? "[..., 4]" : "[..., N, 4]", aligned ? 1 : 2);
+  check_last("boxes2", boxes2, aligned ? "[..., 4]" : "[..., M, 4]", aligned ? 1 : 2);
+  const int64_t leading = boxes1.dim() - (aligned ? 1 : 2);
+  check_leading(leading);
+  IouShape shape{1, 0, 0, 0, 0};
+  for (int64_t i = 0; i < leading; ++i) shape.batch *= boxes1.size(i);
+  if (aligned) {
+    shape.rows = shape.batch;
+    shape.batch = 1;
+  } else {
+    shape.rows = boxes1.size(leading);
+    shape.columns = boxes2.size(leading);
+  }
+  check_row_count(op, "boxes1", shape.rows);
+  check_row_count(op, "boxes2", shape.columns);
+  const ScalarType dtype = boxes1.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
+    fail(op, "boxes1 must be float32 or float64, got " + dtype_name(dtype));
+  }
+  if (boxes2.scalar_type() != dtype) {
+    fail(op, "boxes2 must have the dtype of boxes1 (" + dtype_name(dtype) + "), got " +
+                 dtype_name(boxes2.scalar_type()));
+  }
+  check_same_device(op, "boxes2", boxes2, "boxes1", boxes1);
+  return shape;
+}
+
+// The sizes of `boxes` [..., N, 4] with the last two replaced.
+inline std::vector<int64_t> leading_sizes(const Tensor& boxes, std::initializer_list<int64_t> last) {
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < boxes.dim() - 2; ++i) sizes.push_back(boxes.size(i));
+  sizes.insert(sizes.end(), last);
+  return sizes;
+}
+
+// Calls body(TypeTag of float or double, integral constant of the kind).
+template <class Body>
+void dispatch_iou(ScalarType dtype, IouKind kind, Body&& body) {
+  dispatch_compute_type(dtype, [&](auto tag) {
+    switch (kind) {
+      case IouKind::kIou: return body(tag, std::integral_constant<IouKind, IouKind::kIou>{});
+      case IouKind::kGeneralized: return body(tag, std::integral_constant<IouKind, IouKind::kGeneralized>{});
+      case IouKind::kDistance: return body(tag, std::integral_constant<IouKind, IouKind::kDistance>{});
+      case IouKind::kComplete: return body(tag, std::integral_constant<IouKind, IouKind::kComplete>{});
+      case IouKind::kEfficient: return body(tag, std::integral_constant<IouKind, IouKind::kEfficient>{});
+      case IouKind::kIoa: return body(tag, std::integral_constant<IouKind, IouKind::kIoa>{});
+    }
+  });
+}
+
+// The launches. Arguments were checked; outputs are allocated.
+void box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, IouKind kind, bool aligned, const IouShape& shape,
+                  double eps, const Tensor& out);
+void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2, IouKind kind, bool aligned,
+                           const IouShape& shape, double eps, const Tensor& grad1, const Tensor& grad2);
+void max_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, const Tensor* valid, const IouShape& shape,
+                  const Tensor& values, const Tensor& indices);
+
+}  // namespace DETOPS_NAMESPACE

@@ -1,0 +1,291 @@
+// Planted faults, chosen by name. test_emulation.py says for each how it must be found. The same names with "fine-" in
+// front run the kernel without its fault, which must pass.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "cuda_on_cpu.h"
+
+constexpr unsigned kFull = 0xffffffffu;
+constexpr int kThreads = 64;
+
+// ---- memory order
+
+template <bool kBug>
+__global__ void missing_syncthreads_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads);
+  cells[threadIdx.x] = threadIdx.x;
+  if (!kBug) __syncthreads();
+  out[threadIdx.x] = cells[kThreads - 1 - threadIdx.x];
+}
+
+// The loop's second barrier: without it a fast thread overwrites what a slow one still reads.
+template <bool kBug>
+__global__ void missing_second_syncthreads_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads);
+  int sum = 0;
+  for (int round = 0; round < 3; ++round) {
+    cells[threadIdx.x] = threadIdx.x + round;
+    __syncthreads();
+    sum += cells[kThreads - 1 - threadIdx.x];
+    if (!kBug) __syncthreads();
+  }
+  out[threadIdx.x] = sum;
+}
+
+template <bool kBug>
+__global__ void missing_syncwarp_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads);
+  cells[threadIdx.x] = threadIdx.x;
+  if (!kBug) __syncwarp();
+  out[threadIdx.x] = cells[threadIdx.x ^ 1];
+}
+
+// A vote waits for all lanes, but orders no memory.
+template <bool kBug>
+__global__ void vote_for_a_barrier_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads);
+  cells[threadIdx.x] = threadIdx.x;
+  __any_sync(kFull, true);
+  if (!kBug) __syncwarp();
+  out[threadIdx.x] = cells[threadIdx.x ^ 1];
+}
+
+// __syncwarp on half a warp does not order the other half.
+template <bool kBug>
+__global__ void syncwarp_of_half_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads);
+  cells[threadIdx.x] = threadIdx.x;
+  __syncwarp(threadIdx.x % 32 < 16 ? 0x0000ffffu : 0xffff0000u);
+  out[threadIdx.x] = cells[threadIdx.x ^ (kBug ? 16 : 1)];
+}
+
+// Every block writes the same cell.
+template <bool kBug>
+__global__ void race_between_blocks_kernel(int* out) {
+  if (threadIdx.x == 0) out[kBug ? 0 : blockIdx.x] = blockIdx.x;
+}
+
+template <bool kBug>
+__global__ void plain_beside_atomic_kernel(int* out) {
+  if (!kBug || threadIdx.x > 0) {
+    atomicAdd(&out[0], 1);
+  } else {
+    out[0] += 1;
+  }
+}
+
+// ---- addresses
+
+template <bool kBug>
+__global__ void read_past_the_end_kernel(const int* values, int count, int* out) {
+  const int i = threadIdx.x;
+  if (kBug ? i <= count : i < count) out[i % kThreads] = values[i];
+}
+
+template <bool kBug>
+__global__ void shared_overrun_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads);
+  DETOPS_SHARED(int, other, kThreads);
+  int* const begin = cells;
+  begin[threadIdx.x + (kBug ? 1 : 0)] = threadIdx.x;
+  other[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = begin[threadIdx.x + (kBug ? 1 : 0)] + other[threadIdx.x];
+}
+
+template <bool kBug>
+__global__ void dynamic_shared_overrun_kernel(int* out) {
+  DETOPS_DYNAMIC_SHARED(int, cells);
+  cells[threadIdx.x + (kBug ? 1 : 0)] = threadIdx.x;
+  out[threadIdx.x] = cells[threadIdx.x + (kBug ? 1 : 0)];
+}
+
+template <bool kBug>
+__global__ void misaligned_kernel(const int* values, int* out) {
+  const int4 four = *reinterpret_cast<const int4*>(values + (kBug ? 1 : 0));
+  out[threadIdx.x] = four.x;
+}
+
+template <bool kBug>
+__global__ void signed_overflow_kernel(int* out) {
+  int value = 0x7fffffff - (kBug ? 0 : kThreads);
+  value += static_cast<int>(threadIdx.x) + 1;
+  out[threadIdx.x] = value;
+}
+
+// ---- values
+
+template <bool kBug>
+__global__ void uninitialised_shared_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kThreads + 1);
+  cells[threadIdx.x] = threadIdx.x;
+  __syncthreads();
+  out[threadIdx.x] = cells[threadIdx.x + (kBug ? 1 : 0)];
+}
+
+template <bool kBug>
+__global__ void uninitialised_counter_kernel(int* out) {
+  DETOPS_SHARED(int, counter, 1);
+  if (!kBug && threadIdx.x == 0) counter[0] = 0;
+  __syncthreads();
+  atomicAdd(&counter[0], 1);
+  __syncthreads();
+  out[threadIdx.x] = counter[0];
+}
+
+template <bool kBug>
+__global__ void float_atomics_kernel(float* sum) {
+  atomicAdd(sum, kBug ? 0.1f * static_cast<float>(threadIdx.x) : 0.5f);
+}
+
+// ---- control flow
+
+template <bool kBug>
+__global__ void divergent_barrier_kernel(int* out) {
+  if (!kBug || threadIdx.x < 32) __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+template <bool kBug>
+__global__ void two_barriers_kernel(int* out) {
+  if (kBug && threadIdx.x < 32) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+  out[threadIdx.x] = 1;
+}
+
+template <bool kBug>
+__global__ void exit_before_barrier_kernel(int* out) {
+  if (kBug && threadIdx.x >= 40) return;
+  __syncthreads();
+  out[threadIdx.x] = 1;
+}
+
+template <bool kBug>
+__global__ void barrier_and_warp_kernel(int* out) {
+  if (kBug && threadIdx.x == 0) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  out[threadIdx.x] = 1;
+}
+
+template <bool kBug>
+__global__ void mismatched_collectives_kernel(int* out) {
+  if (kBug && threadIdx.x % 32 == 3) {
+    out[threadIdx.x] = __any_sync(kFull, 1);
+  } else {
+    out[threadIdx.x] = __all_sync(kFull, 1);
+  }
+}
+
+template <bool kBug>
+__global__ void different_masks_kernel(int* out) {
+  const unsigned mask = kBug && threadIdx.x % 32 < 16 ? 0x0000ffffu : kFull;
+  out[threadIdx.x] = __any_sync(mask, 1);
+}
+
+template <bool kBug>
+__global__ void absent_lane_kernel(int* out) {
+  const int lane = threadIdx.x % 32;
+  if (lane < 16) out[threadIdx.x] = __shfl_sync(0x0000ffffu, lane, kBug ? 20 : 3);
+}
+
+template <bool kBug>
+__global__ void ended_lane_kernel(int* out) {
+  if (kBug && threadIdx.x == 5) return;
+  __syncwarp();
+  out[threadIdx.x] = 1;
+}
+
+template <bool kBug>
+__global__ void not_in_own_mask_kernel(int* out) {
+  out[threadIdx.x] = __any_sync(kBug ? 0x0000ffffu : kFull, 1);
+}
+
+// ---- launches
+
+__global__ void nothing_kernel() {}
+
+template <bool kBug>
+__global__ void static_shared_limit_kernel(int* out) {
+  DETOPS_SHARED(int, cells, kBug ? 12 * 1024 + 1 : 12 * 1024);
+  cells[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = cells[threadIdx.x];
+}
+
+template <bool kBug>
+void run_launch(const std::string& name) {
+  if (name == "large_block") DETOPS_LAUNCH(nothing_kernel, 1, kBug ? 1025 : 1024, 0, nullptr);
+  if (name == "empty_grid") DETOPS_LAUNCH(nothing_kernel, kBug ? 0 : 1, 32, 0, nullptr);
+  if (name == "dynamic_shared_limit") DETOPS_LAUNCH(nothing_kernel, 1, 32, 48 * 1024 + (kBug ? 1 : 0), nullptr);
+}
+
+template <bool kBug>
+void run(const std::string& name) {
+  // Exactly as long as they must be, and each in an allocation of its own.
+  std::vector<int> values(kThreads - 1, 1), out(kThreads, 0);
+  float sum = 0;
+  void* aligned = nullptr;
+  if (posix_memalign(&aligned, 16, 5 * sizeof(int)) != 0) abort();
+  memset(aligned, 0, 5 * sizeof(int));
+
+  using Kernel = void (*)(int*);
+  const std::map<std::string, Kernel> kernels{
+      {"missing_syncthreads", missing_syncthreads_kernel<kBug>},
+      {"missing_second_syncthreads", missing_second_syncthreads_kernel<kBug>},
+      {"missing_syncwarp", missing_syncwarp_kernel<kBug>},
+      {"vote_for_a_barrier", vote_for_a_barrier_kernel<kBug>},
+      {"syncwarp_of_half", syncwarp_of_half_kernel<kBug>},
+      {"race_between_blocks", race_between_blocks_kernel<kBug>},
+      {"plain_beside_atomic", plain_beside_atomic_kernel<kBug>},
+      {"shared_overrun", shared_overrun_kernel<kBug>},
+      {"dynamic_shared_overrun", dynamic_shared_overrun_kernel<kBug>},
+      {"signed_overflow", signed_overflow_kernel<kBug>},
+      {"uninitialised_shared", uninitialised_shared_kernel<kBug>},
+      {"uninitialised_counter", uninitialised_counter_kernel<kBug>},
+      {"divergent_barrier", divergent_barrier_kernel<kBug>},
+      {"two_barriers", two_barriers_kernel<kBug>},
+      {"exit_before_barrier", exit_before_barrier_kernel<kBug>},
+      {"barrier_and_warp", barrier_and_warp_kernel<kBug>},
+      {"mismatched_collectives", mismatched_collectives_kernel<kBug>},
+      {"different_masks", different_masks_kernel<kBug>},
+      {"absent_lane", absent_lane_kernel<kBug>},
+      {"ended_lane", ended_lane_kernel<kBug>},
+      {"not_in_own_mask", not_in_own_mask_kernel<kBug>},
+      {"static_shared_limit", static_shared_limit_kernel<kBug>},
+  };
+  if (const auto found = kernels.find(name); found != kernels.end()) {
+    const int blocks = name == "race_between_blocks" ? 8 : 1;
+    DETOPS_LAUNCH(found->second, blocks, kThreads, kThreads * sizeof(int), nullptr, out.data());
+  } else if (name == "read_past_the_end") {
+    DETOPS_LAUNCH(read_past_the_end_kernel<kBug>, 1, kThreads, 0, nullptr, values.data(), kThreads - 1, out.data());
+  } else if (name == "misaligned") {
+    DETOPS_LAUNCH(misaligned_kernel<kBug>, 1, 1, 0, nullptr, static_cast<int*>(aligned), out.data());
+  } else if (name == "float_atomics") {
+    DETOPS_LAUNCH(float_atomics_kernel<kBug>, 1, kThreads, 0, nullptr, &sum);
+  } else if (name == "late_copy") {
+    int host = 0;
+    cudaMemcpyAsync(&host, values.data(), sizeof(int), cudaMemcpyDeviceToHost, nullptr);
+    if (!kBug) cudaStreamSynchronize(nullptr);
+    out[0] = host;
+  } else {
+    run_launch<kBug>(name);
+  }
+  long total = 0;
+  for (int value : out) total += value;
+  printf("%ld\n", total);
+  free(aligned);
+}
+
+int main(int count, char** arguments) {
+  const std::string name = count > 1 ? arguments[1] : "";
+  const bool fine = name.rfind("fine-", 0) == 0;
+  fine ? run<false>(name.substr(5)) : run<true>(name);
+}
