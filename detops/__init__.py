@@ -18,7 +18,7 @@ from .iou import (
     generalized_box_iou,
     max_iou,
 )
-from .nms import Detections, batched_nms, multiclass_nms, nms
+from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
 
@@ -35,5 +35,6 @@ __all__ = [
     "max_iou",
     "multiclass_nms",
     "nms",
+    "nms_rotated",
     "pad_ground_truth",
 ]

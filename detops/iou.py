@@ -14,29 +14,37 @@ import torch
 from torch import Tensor
 
 from . import _library
+from . import boxes as _boxes
 from ._library import register_autograd, register_fake
+
 
 # Numbers of the kinds, as csrc/iou/iou.h counts them.
 _IOU, _GENERALIZED, _DISTANCE, _COMPLETE, _EFFICIENT, _IOA = range(6)
+
+_UPRIGHT = ("xyxy", "xywh", "cxcywh")
+_ROTATED = ("cxcywhr", "xywhr", "xyxyxyxy")
 
 
 def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, aligned: bool = False) -> Tensor:
     """IoU = intersection / union of every pair of boxes, or of matching boxes.
 
     Args:
-        boxes1: [..., N, 4].
-        boxes2: [..., M, 4]; or [..., N, 4] if aligned.
-        fmt: "xyxy".
+        boxes1: [..., N, K]: K is 4, 5 (xywhr, cxcywhr) or 8 (xyxyxyxy).
+        boxes2: [..., M, K]; or [..., N, K] if aligned.
+        fmt: "xyxy", "xywh", "cxcywh", or a rotated format as `box_convert` defines it: "cxcywhr", "xywhr" (angles in
+            degrees, counter-clockwise as one looks at the image) or "xyxyxyxy" (the corners of a rectangle).
         aligned: pair the boxes row by row.
 
     Returns:
         [..., N, M], or [..., N] if aligned; float32, or float64 for float64 boxes.
 
-    dtypes, degenerate boxes and gradients: see the notes of the module `detops.iou`.
+    dtypes, degenerate boxes and gradients: see the notes of the module `detops.iou`. Rotated boxes have no gradient.
+    Identical rotated boxes give exactly 1, those that do not touch exactly 0.
 
     Raises:
         ValueError: unknown `fmt`.
-        RuntimeError: wrong shapes, devices, or batch dimensions that do not broadcast.
+        RuntimeError: wrong shapes, devices, batch dimensions that do not broadcast, or a gradient of rotated boxes is
+            asked for.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [0., 0., 10., 5.]])
@@ -46,8 +54,12 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, aligned: bool 
 
     Source: torchvision.ops.box_iou, which has no aligned form.
     """
+    if fmt in _ROTATED:
+        return _compare_rotated(boxes1, boxes2, fmt, aligned)
+    if fmt not in _UPRIGHT:
+        raise ValueError(f"box_iou: fmt must be one of {', '.join(_UPRIGHT + _ROTATED)}, got {fmt!r}")
     if fmt != "xyxy":
-        raise ValueError(f"box_iou: fmt must be 'xyxy', got {fmt!r}")
+        boxes1, boxes2 = _boxes.box_convert(boxes1, fmt, "xyxy"), _boxes.box_convert(boxes2, fmt, "xyxy")
     return _compare(_IOU, boxes1, boxes2, aligned)
 
 
@@ -223,12 +235,18 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
 
 def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: float = 0.0) -> Tensor:
     boxes1, boxes2 = _share_dtype(boxes1, boxes2)
-    if aligned:
-        if boxes1.shape != boxes2.shape and boxes1.shape[-1:] == boxes2.shape[-1:]:
-            boxes1, boxes2 = torch.broadcast_tensors(boxes1, boxes2)
-    else:
-        boxes1, boxes2 = _share_batch(boxes1, boxes2)
+    boxes1, boxes2 = _share_rows(boxes1, boxes2) if aligned else _share_batch(boxes1, boxes2)
     return _library.ops.box_iou(boxes1, boxes2, kind, aligned, eps)
+
+
+def _compare_rotated(boxes1: Tensor, boxes2: Tensor, fmt: str, aligned: bool) -> Tensor:
+    if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
+        raise RuntimeError("box_iou: boxes must not require a gradient where fmt is rotated, got boxes that do: detach them")
+    boxes1, boxes2 = _share_dtype(boxes1, boxes2)
+    if fmt != "cxcywhr":
+        boxes1, boxes2 = _boxes.box_convert(boxes1, fmt, "cxcywhr"), _boxes.box_convert(boxes2, fmt, "cxcywhr")
+    boxes1, boxes2 = _share_rows(boxes1, boxes2) if aligned else _share_batch(boxes1, boxes2)
+    return _library.ops.rotated_box_iou(boxes1, boxes2, aligned)
 
 
 def _share_dtype(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,11 +260,22 @@ def _share_batch(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the same leading dimensions, as views."""
     if boxes1.shape[:-2] == boxes2.shape[:-2]:
         return boxes1, boxes2
+    return _expand(boxes1, boxes2, 2)
+
+
+def _share_rows(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with the same dimensions but for the last, as views."""
+    if boxes1.shape[:-1] == boxes2.shape[:-1]:
+        return boxes1, boxes2
+    return _expand(boxes1, boxes2, 1)
+
+
+def _expand(boxes1: Tensor, boxes2: Tensor, own: int) -> tuple[Tensor, Tensor]:
     try:
-        batch = torch.broadcast_shapes(boxes1.shape[:-2], boxes2.shape[:-2])
+        shared = torch.broadcast_shapes(boxes1.shape[:-own], boxes2.shape[:-own])
     except RuntimeError:
         return boxes1, boxes2  # the op names what does not fit
-    return boxes1.expand(*batch, *boxes1.shape[-2:]), boxes2.expand(*batch, *boxes2.shape[-2:])
+    return boxes1.expand(*shared, *boxes1.shape[-own:]), boxes2.expand(*shared, *boxes2.shape[-own:])
 
 
 @register_fake("box_iou")
@@ -259,6 +288,13 @@ def _(boxes1: Tensor, boxes2: Tensor, kind: int, aligned: bool, eps: float) -> T
 @register_fake("box_iou_backward")
 def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: int, aligned: bool, eps: float) -> tuple[Tensor, Tensor]:
     return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)
+
+
+@register_fake("rotated_box_iou")
+def _(boxes1: Tensor, boxes2: Tensor, aligned: bool) -> Tensor:
+    if aligned:
+        return boxes1.new_empty(boxes1.shape[:-1])
+    return boxes1.new_empty(*boxes1.shape[:-1], boxes2.shape[-2])
 
 
 @register_fake("max_iou")

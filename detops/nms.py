@@ -85,6 +85,39 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     return _library.ops.batched_nms(boxes, scores, idxs, iou_threshold)
 
 
+def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None = None) -> Tensor:
+    """Greedy non-maximum suppression of rotated boxes, within groups of equal id where ids are given.
+
+    The same decisions as `nms` and `batched_nms`, with the IoU of rotated boxes as `box_iou(..., fmt="cxcywhr")` has it.
+
+    Args:
+        boxes: [N, 5] (centre x, centre y, width, height, angle), floating; the angle in degrees, counter-clockwise as
+            one looks at the image.
+        scores: [N], floating.
+        iou_threshold: at least 0.
+        idxs: [N], integer or bool: the group of each box; all are one group if None.
+
+    Returns:
+        int64 [K]: the indices of the boxes that stay, by descending score over all groups.
+
+    Ties, NaN and degenerate boxes: see `detops.nms`'s module notes. Memory beyond the inputs is O(N). On a GPU one host
+    synchronisation, for K. No gradient.
+
+    Raises:
+        ValueError: `iou_threshold` is negative or NaN.
+        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147483647 rows.
+
+    Example:
+        >>> boxes = torch.tensor([[0., 0., 4., 2., 0.], [0., 0., 2., 4., 90.], [0., 0., 4., 2., 90.]])
+        >>> nms_rotated(boxes, torch.tensor([0.9, 0.8, 0.7]), 0.5)
+        tensor([0, 2])
+
+    Source: detectron2's nms_rotated (which suppresses at IoU >= threshold on CPU and > on CUDA; here > on both).
+    """
+    _check_threshold("nms_rotated", "iou_threshold", iou_threshold)
+    return _library.ops.nms_rotated(boxes, scores, iou_threshold, idxs)
+
+
 class Detections(NamedTuple):
     """What `multiclass_nms` keeps of each image, best first, padded to K rows."""
 
@@ -174,6 +207,11 @@ def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 @register_fake("batched_nms")
 def _(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
+    return boxes.new_empty(get_ctx().new_dynamic_size(), dtype=torch.int64)
+
+
+@register_fake("nms_rotated")
+def _(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None) -> Tensor:
     return boxes.new_empty(get_ctx().new_dynamic_size(), dtype=torch.int64)
 
 

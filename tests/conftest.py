@@ -3,6 +3,7 @@
 DETOPS_TEST_DEVICES=cpu,emulated     only these devices; tests that name no device belong to "cpu"
 DETOPS_EMULATION=0                   never the emulated CUDA kernels
 DETOPS_EMULATED_LIBRARY=path         a ready-built emulated library, instead of building one
+DETOPS_EMULATED_LIMIT=n              no more than n boxes or so under emulation, for the slower sanitizers
 """
 
 import functools
@@ -41,9 +42,9 @@ class Device(NamedTuple):
         """An array, list or tensor as a tensor here; floating arrays become float32 unless `dtype` says otherwise."""
         return to_torch(values, dtype, self.torch)
 
-    def limit(self, n, emulated=300):
-        """n, or less under emulation, which is about a thousand times slower than a GPU."""
-        return min(n, emulated) if self.name == "emulated" else n
+    def limit(self, n, emulated=2500):
+        """n, or less under emulation, which is about a thousand times slower than a GPU, and its sanitizers more so."""
+        return min(n, emulated, int(os.environ.get("DETOPS_EMULATED_LIMIT", n))) if self.name == "emulated" else n
 
 
 def _short(dtype):

@@ -85,18 +85,25 @@ def test_shapes(device, images, n, classes):
             check(boxes, scores, **options)
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_a_detectors_head(device):
-    boxes, scores = batch(device, 2, 8400, 80, share=0.01)
+    boxes, scores = batch(device, 2, device.limit(8400, emulated=1000), 80, share=0.01)
     for options in ({}, dict(class_agnostic=True), dict(max_candidates=1000, max_detections=300)):
         check(boxes, scores, **options)
+    head = torch.cat([boxes.transpose(1, 2), scores.transpose(1, 2)], dim=1)  # [B, 4 + C, N], as YOLO's
+    check(head[:, :4].transpose(1, 2), head[:, 4:].transpose(1, 2))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+# More candidates than the CUDA kernel sorts at once.
+@pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("class_agnostic", [False, True])
-def test_one_class_with_very_many_candidates(device, class_agnostic):
-    boxes, scores = batch(device, 2, 12_000, 1, share=1.0)
-    check(boxes, scores, class_agnostic=class_agnostic, max_detections=12_000, iou_threshold=0.7)
+def test_one_class_with_very_many_candidates(device, class_agnostic, ties):
+    n = device.limit(8000)
+    boxes, scores = batch(device, 2, n, 1, share=1.0)
+    if ties:
+        scores = device.put(inputs.tied_scores(2 * n, levels=5).reshape(2, n, 1))
+    for max_candidates in (None, n // 2):
+        options = dict(iou_threshold=0.7, max_detections=n, max_candidates=max_candidates)
+        check(boxes, scores, class_agnostic=class_agnostic, **options)
 
 
 def test_dtypes(device, boxes_dtype, scores_dtype):
@@ -128,7 +135,7 @@ def test_ties_go_to_the_lower_index_then_class(device):
 
 
 def test_inputs_of_any_strides(device):
-    head = torch.cat([tensor.transpose(1, 2) for tensor in batch(device, 2, 60, 5)], dim=1)  # [B, 4 + C, N], as YOLO's
+    head = torch.cat([tensor.transpose(1, 2) for tensor in batch(device, 2, 60, 5)], dim=1)
     boxes, scores = head[:, :4].transpose(1, 2), head[:, 4:].transpose(1, 2)
     before = head.clone()
     check(boxes, scores)

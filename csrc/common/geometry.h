@@ -10,6 +10,8 @@ namespace DETOPS_NAMESPACE {
 // Corners (x1, y1) and (x2, y2) in continuous pixels: the width is x2 - x1, without +1.
 template <class T>
 struct Box {
+  using Scalar = T;
+  static constexpr int kCoordinates = 4;
   T x1, y1, x2, y2;
 };
 
@@ -18,6 +20,12 @@ template <class T, class Source>
 DETOPS_HD Box<T> load_box(const Source* coordinates) {
   return {static_cast<T>(coordinates[0]), static_cast<T>(coordinates[1]), static_cast<T>(coordinates[2]),
           static_cast<T>(coordinates[3])};
+}
+
+// The same, for code that handles boxes of several shapes.
+template <class T, class Source>
+DETOPS_HD void load(const Source* coordinates, Box<T>& box) {
+  box = load_box<T>(coordinates);
 }
 
 template <class T, class Target>

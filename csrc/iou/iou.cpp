@@ -207,9 +207,7 @@ Tensor box_iou(const Tensor& boxes1, const Tensor& boxes2, int64_t kind_number, 
   const IouBoxes dense1(boxes1, aligned), dense2(boxes2, aligned);
   shape.stride1 = dense1.stride;
   shape.stride2 = dense2.stride;
-  std::vector<int64_t> sizes = leading_sizes(boxes1, {shape.rows, shape.columns});
-  if (aligned) sizes.assign(boxes1.sizes().begin(), boxes1.sizes().end() - 1);
-  const Tensor out = allocate(op, sizes, boxes1.scalar_type(), boxes1);
+  const Tensor out = allocate(op, pair_sizes(boxes1, shape, aligned), boxes1.scalar_type(), boxes1);
   if (out.numel() == 0) return out;
   if (on_gpu(op, boxes1)) {
     DETOPS_GPU_ONLY(box_iou_cuda(dense1.tensor, dense2.tensor, kind, aligned, shape, eps, out));

@@ -24,8 +24,9 @@ struct IouBoxes {
 
   explicit IouBoxes(const Tensor& boxes, bool aligned) : tensor(boxes), stride(0) {
     const int64_t last = boxes.dim() - 1;
-    const int64_t per_image = aligned ? 0 : 4 * boxes.size(last - 1);
-    bool shared = !aligned && boxes.stride(last) == 1 && boxes.stride(last - 1) == 4;
+    const int64_t coordinates = boxes.size(last);
+    const int64_t per_image = aligned ? 0 : coordinates * boxes.size(last - 1);
+    bool shared = !aligned && boxes.stride(last) == 1 && boxes.stride(last - 1) == coordinates;
     for (int64_t i = 0; shared && i < last - 1; ++i) shared = boxes.stride(i) == 0;
     if (shared && last > 1) return;
     tensor = as_contiguous(boxes);
@@ -34,10 +35,12 @@ struct IouBoxes {
 };
 
 // Half and integer boxes were made float32 by the caller: they are few beside the pairs.
-inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tensor& boxes2, bool aligned) {
-  const auto check_last = [&](const char* argument, const Tensor& boxes, const char* rule, int64_t least_dim) {
-    if (boxes.dim() >= least_dim && boxes.size(boxes.dim() - 1) == 4) return;
-    fail(op, std::string(argument) + " must have shape " + rule + ", got " + shape_text(boxes));
+inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tensor& boxes2, bool aligned,
+                                int64_t coordinates = 4) {
+  const auto check_last = [&](const char* argument, const Tensor& boxes, const char* rows) {
+    if (boxes.dim() >= (aligned ? 1 : 2) && boxes.size(boxes.dim() - 1) == coordinates) return;
+    fail(op, std::string(argument) + " must have shape [..., " + (aligned ? "" : rows) + std::to_string(coordinates) +
+                 "], got " + shape_text(boxes));
   };
   const auto check_leading = [&](int64_t dims) {
     bool same = boxes1.dim() == boxes2.dim();
@@ -46,8 +49,8 @@ inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tens
     fail(op, std::string("boxes2 must have the ") + (aligned ? "shape" : "batch dimensions") + " of boxes1 (" +
                  shape_text(boxes1) + "), got " + shape_text(boxes2));
   };
-  check_last("boxes1", boxes1, aligned ? "[..., 4]" : "[..., N, 4]", aligned ? 1 : 2);
-  check_last("boxes2", boxes2, aligned ? "[..., 4]" : "[..., M, 4]", aligned ? 1 : 2);
+  check_last("boxes1", boxes1, "N, ");
+  check_last("boxes2", boxes2, "M, ");
   const int64_t leading = boxes1.dim() - (aligned ? 1 : 2);
   check_leading(leading);
   IouShape shape{1, 0, 0, 0, 0};
@@ -81,6 +84,12 @@ inline std::vector<int64_t> leading_sizes(const Tensor& boxes, std::initializer_
   return sizes;
 }
 
+// The sizes of the result for pairs: [..., N, M], or [...] of aligned boxes [..., 4].
+inline std::vector<int64_t> pair_sizes(const Tensor& boxes1, const IouShape& shape, bool aligned) {
+  if (aligned) return {boxes1.sizes().begin(), boxes1.sizes().end() - 1};
+  return leading_sizes(boxes1, {shape.rows, shape.columns});
+}
+
 // Calls body(TypeTag of float or double, integral constant of the kind).
 template <class Body>
 void dispatch_iou(ScalarType dtype, IouKind kind, Body&& body) {
@@ -101,6 +110,8 @@ void box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, IouKind kind, bool
                   double eps, const Tensor& out);
 void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2, IouKind kind, bool aligned,
                            const IouShape& shape, double eps, const Tensor& grad1, const Tensor& grad2);
+void rotated_box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, bool aligned, const IouShape& shape,
+                          const Tensor& out);
 void max_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, const Tensor* valid, const IouShape& shape,
                   const Tensor& values, const Tensor& indices);
 

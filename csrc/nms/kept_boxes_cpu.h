@@ -119,4 +119,35 @@ class KeptBuckets {
   std::vector<Node> nodes_;
 };
 
+// Rotated boxes in one list. Their circles and areas rule out most of them, many at once.
+template <class T>
+class KeptRotated {
+ public:
+  void reset(int64_t capacity) {
+    boxes_.clear();
+    boxes_.reserve(capacity);
+  }
+  DETOPS_HD bool suppresses(const RotatedBox<T>& box, T area, const IouThreshold<T>& threshold) const {
+    constexpr int64_t kBlock = 32;
+    const RotatedBox<T>* const boxes = boxes_.data();
+    const int64_t count = static_cast<int64_t>(boxes_.size());
+    for (int64_t begin = 0; begin < count; begin += kBlock) {
+      const int64_t length = min_of(kBlock, count - begin);
+      bool possible[kBlock];
+      for (int64_t i = 0; i < length; ++i) {
+        const RotatedBox<T>& kept = boxes[begin + i];
+        possible[i] = may_suppress(kept, box_area(kept), box, area, threshold);
+      }
+      for (int64_t i = 0; i < length; ++i) {
+        if (possible[i] && DETOPS_NAMESPACE::suppresses(boxes[begin + i], box_area(boxes[begin + i]), box, area, threshold)) return true;
+      }
+    }
+    return false;
+  }
+  void add(const RotatedBox<T>& box) { boxes_.push_back(box); }
+
+ private:
+  std::vector<RotatedBox<T>> boxes_;
+};
+
 }  // namespace DETOPS_NAMESPACE

@@ -1,7 +1,8 @@
-// nms and batched_nms: schema, checks, and the CPU kernels.
+// nms, batched_nms and nms_rotated: schema, checks, and the CPU kernels.
 #include "nms/nms.h"
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "common/allocate.h"
@@ -21,6 +22,7 @@ template <class T>
 struct Scratch {
   KeptList<T> list;
   KeptBuckets<T> buckets;
+  KeptRotated<T> rotated;
 };
 
 // Greedy suppression over boxes in rank order, from `begin` on, against a list of the kept ones. Stops where the list
@@ -97,6 +99,29 @@ void suppress_segment(const Box<T>* boxes, int64_t count, double iou_threshold, 
   }
 }
 
+// Rotated boxes: one by one against the kept ones, of which few can meet the candidate.
+template <class T>
+DETOPS_CLONES void suppress_rotated(const RotatedBox<T>* boxes, int64_t count, const IouThreshold<T>& threshold,
+                                    KeptRotated<T>& kept, uint8_t* keep) {
+  kept.reset(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const T area = box_area(boxes[i]);
+    keep[i] = 1;
+    if (!can_overlap(boxes[i], area)) continue;
+    if (kept.suppresses(boxes[i], area, threshold)) {
+      keep[i] = 0;
+    } else {
+      kept.add(boxes[i]);
+    }
+  }
+}
+
+template <class T>
+void suppress_segment(const RotatedBox<T>* boxes, int64_t count, double iou_threshold, Scratch<T>& scratch,
+                      uint8_t* keep) {
+  suppress_rotated(boxes, count, IouThreshold<T>(iou_threshold), scratch.rotated, keep);
+}
+
 // Ranks of the scores: item r holds the key and the index of the r-th best.
 template <class T>
 std::unique_ptr<Keyed<RankKey<T>>[]> rank_scores(const T* scores, int64_t count) {
@@ -146,20 +171,19 @@ Segments group_by_id(const int64_t* idxs, const uint32_t* order, int64_t count) 
 }
 
 // keep[r] becomes 1 where the r-th best box stays.
-template <class T>
-void suppress_segments(const T* boxes, const uint32_t* order, const Segments& segments, int64_t count,
+template <class B, class Source>
+void suppress_segments(const Source* boxes, const uint32_t* order, const Segments& segments, int64_t count,
                        double iou_threshold, uint8_t* keep) {
-  using Compute = ComputeType<T>;
-  const std::unique_ptr<Box<Compute>[]> sorted(new Box<Compute>[count]);
+  const std::unique_ptr<B[]> sorted(new B[count]);
   const bool grouped = segments.ranks != nullptr;
   const auto rank_of = [&](int64_t i) { return grouped ? segments.ranks[i] : i; };
-  for (int64_t i = 0; i < count; ++i) sorted[i] = load_box<Compute>(boxes + 4 * int64_t(order[rank_of(i)]));
+  for (int64_t i = 0; i < count; ++i) load(boxes + B::kCoordinates * int64_t(order[rank_of(i)]), sorted[i]);
   const std::unique_ptr<uint8_t[]> keep_grouped(grouped ? new uint8_t[count] : nullptr);
   uint8_t* const result = grouped ? keep_grouped.get() : keep;
 
   const auto& begins = segments.begins;
   parallel_items(static_cast<int64_t>(begins.size()) - 1, [&](const auto& next) {
-    Scratch<Compute> scratch;
+    Scratch<typename B::Scalar> scratch;
     for (int64_t item = next(); item >= 0; item = next()) {
       const int64_t begin = begins[item];
       suppress_segment(sorted.get() + begin, begins[item + 1] - begin, iou_threshold, scratch, result + begin);
@@ -178,8 +202,14 @@ Tensor nms_cpu(const char* op, const Tensor& boxes, const Tensor& scores, const 
                                  : Segments{nullptr, {0, count}};
   const std::unique_ptr<uint8_t[]> keep(new uint8_t[count]);
   dispatch_floating(boxes.scalar_type(), [&](auto tag) {
-    using T = typename decltype(tag)::type;
-    suppress_segments(boxes.const_data_ptr<T>(), order.get(), segments, count, iou_threshold, keep.get());
+    using Source = typename decltype(tag)::type;
+    using T = ComputeType<Source>;
+    const Source* const data = boxes.const_data_ptr<Source>();
+    if (boxes.size(1) == RotatedBox<T>::kCoordinates) {
+      suppress_segments<RotatedBox<T>>(data, order.get(), segments, count, iou_threshold, keep.get());
+    } else {
+      suppress_segments<Box<T>>(data, order.get(), segments, count, iou_threshold, keep.get());
+    }
   });
 
   int64_t kept = 0;
@@ -192,10 +222,10 @@ Tensor nms_cpu(const char* op, const Tensor& boxes, const Tensor& scores, const 
   return out;
 }
 
-// The entry of both ops; idxs is null for nms.
-Tensor checked_nms(const char* op, const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
+// The entry of all three ops; idxs is null where all boxes are one group.
+Tensor checked_nms(const char* op, int64_t coordinates, const Tensor& boxes, const Tensor& scores, const Tensor* idxs,
                    double iou_threshold) {
-  check_shape(op, "boxes", boxes, "[N, 4]", {-1, 4});
+  check_shape(op, "boxes", boxes, coordinates == 4 ? "[N, 4]" : "[N, 5]", {-1, coordinates});
   const int64_t count = boxes.size(0);
   const std::string per_box = "[N] with N = " + std::to_string(count);
   check_row_count(op, "boxes", count);
@@ -219,11 +249,15 @@ Tensor checked_nms(const char* op, const Tensor& boxes, const Tensor& scores, co
 }
 
 Tensor nms(const Tensor& boxes, const Tensor& scores, double iou_threshold) {
-  return checked_nms("nms", boxes, scores, nullptr, iou_threshold);
+  return checked_nms("nms", 4, boxes, scores, nullptr, iou_threshold);
 }
 
 Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs, double iou_threshold) {
-  return checked_nms("batched_nms", boxes, scores, &idxs, iou_threshold);
+  return checked_nms("batched_nms", 4, boxes, scores, &idxs, iou_threshold);
+}
+
+Tensor nms_rotated(const Tensor& boxes, const Tensor& scores, double iou_threshold, const std::optional<Tensor>& idxs) {
+  return checked_nms("nms_rotated", 5, boxes, scores, idxs.has_value() ? &*idxs : nullptr, iou_threshold);
 }
 
 }  // namespace
@@ -231,11 +265,13 @@ Tensor batched_nms(const Tensor& boxes, const Tensor& scores, const Tensor& idxs
 STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
   m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
   m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+  m.def("nms_rotated(Tensor boxes, Tensor scores, float iou_threshold, Tensor? idxs) -> Tensor");
 }
 
 DETOPS_REGISTER(m) {
   m.impl("nms", TORCH_BOX(&nms));
   m.impl("batched_nms", TORCH_BOX(&batched_nms));
+  m.impl("nms_rotated", TORCH_BOX(&nms_rotated));
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -7,6 +7,7 @@
 // Ops and shapes. T is float for float16, bfloat16 and float32 boxes, double for float64.
 //   nms            boxes [N, 4], scores [N]                  -> indices [K], best first
 //   batched_nms    boxes [N, 4], scores [N], idxs [N]        -> indices [K], best first over all ids
+//   nms_rotated    boxes [N, 5], scores [N], idxs [N] or none -> indices [K], best first over all ids
 //   multiclass_nms boxes [B, N, 4] or [B, N, C, 4],
 //                  scores [B, N, C]                          -> boxes [B, K, 4], scores, labels, indices [B, K], counts [B]
 #pragma once
@@ -17,6 +18,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/geometry.h"
+#include "iou/rotated_iou.h"
 
 namespace DETOPS_NAMESPACE {
 
@@ -44,6 +46,20 @@ template <class T>
 DETOPS_HD bool may_suppress(const Box<T>& a, T area_a, const Box<T>& b, T area_b, const IouThreshold<T>& threshold) {
   const T intersection = intersection_area(a, b);
   return (intersection > T(0)) & (intersection >= threshold.quick * (area_a + area_b - intersection));
+}
+
+// The same for rotated boxes.
+template <class T>
+DETOPS_HD bool suppresses(const RotatedBox<T>& a, T, const RotatedBox<T>& b, T, const IouThreshold<T>& threshold) {
+  return rotated_iou(a, b) > threshold.exact;
+}
+
+// The IoU is at most the ratio of the areas. Its computed value is off by far less than the factor here.
+template <class T>
+DETOPS_HD bool may_suppress(const RotatedBox<T>& a, T area_a, const RotatedBox<T>& b, T area_b,
+                            const IouThreshold<T>& threshold) {
+  const T bound = T(0.9999) * threshold.exact;
+  return circles_meet(a, b) & (min_of(area_a, area_b) >= bound * max_of(area_a, area_b));
 }
 
 // Boxes in ascending order of (rank_key of the score, index) are in descending order of score, NaN first, -0 equal to
@@ -121,6 +137,7 @@ using Detections = std::tuple<torch::stable::Tensor, torch::stable::Tensor, torc
                               torch::stable::Tensor, torch::stable::Tensor>;
 
 // The launches, in nms_cuda.cu and multiclass_nms_cuda.cu. Arguments were checked; `idxs` is int64.
+// `boxes` is [N, 4], or [N, 5] of rotated boxes.
 torch::stable::Tensor nms_cuda(const char* op, const torch::stable::Tensor& boxes, const torch::stable::Tensor& scores,
                                const torch::stable::Tensor* idxs, double iou_threshold);
 void multiclass_nms_cuda(const torch::stable::Tensor& boxes, const torch::stable::Tensor& scores,

@@ -1,4 +1,4 @@
-// nms and batched_nms on a GPU.
+// nms, batched_nms and nms_rotated on a GPU.
 //
 // Boxes are put in rank order, grouped by id: each group is a segment of its own. A segment is decided one window of
 // its boxes after the other:
@@ -25,18 +25,19 @@ constexpr int kGroupedWindow = 8 * kTile;         // window of batched_nms: 64 b
 constexpr int kOwned = 128;                       // a block resolves the segments that begin in so many positions
 constexpr int kSlices = 4;                        // threads that share a box in propagate
 
-// The boxes in rank order, grouped by id, and what is known about them. Positions count through this order.
-template <class T>
+// The boxes (Box or RotatedBox) in rank order, grouped by id, and what is known about them. Positions count through
+// this order.
+template <class B>
 struct Sorted {
   int count;
   int window;            // boxes per window
-  const Box<T>* boxes;   // [count]
+  const B* boxes;        // [count]
   const int64_t* ids;    // [count] where ids are to be compared, else null
   const int* begins;     // [count] the first position of a box's segment; null: all are one segment
   const int* ends;       // [count] its end
   uint8_t* dead;         // [count] set where a box is known to be suppressed
   uint64_t* suppressors; // [rows, window / 64]
-  Box<T>* kept_boxes;    // [count] from each window's first position on: the boxes that it kept
+  B* kept_boxes;         // [count] from each window's first position on: the boxes that it kept
   int* kept_counts;      // [count] at each window's first position: how many these are
 
   __device__ int begin(int position) const { return begins ? begins[position] : 0; }
@@ -77,13 +78,13 @@ __global__ void nms_rank_kernel(const S* scores, int count, int64_t* order) {
 }
 
 // Brings boxes, and ids where `sorted_ids` is given, into the order of positions.
-template <class S, class T>
+template <class S, class B>
 __global__ void nms_gather_kernel(const S* boxes, const int64_t* idxs, const int64_t* order, const int64_t* ranks,
-                                  int count, Box<T>* sorted_boxes, int64_t* sorted_ids) {
+                                  int count, B* sorted_boxes, int64_t* sorted_ids) {
   const int position = blockIdx.x * kThreads + threadIdx.x;
   if (position >= count) return;
   const int64_t index = order[ranks ? ranks[position] : position];
-  sorted_boxes[position] = load_box<T>(boxes + 4 * index);
+  load(boxes + B::kCoordinates * index, sorted_boxes[position]);
   if (sorted_ids) sorted_ids[position] = idxs[index];
 }
 
@@ -109,21 +110,22 @@ __global__ void nms_segments_kernel(const int64_t* sorted_ids, int count, int* b
 }
 
 // Part 1. One thread per box and word of its mask. The windows begin `first` boxes into their segments.
-template <class T>
-__global__ void nms_suppressors_kernel(Sorted<T> sorted, int first, IouThreshold<T> threshold) {
+template <class B>
+__global__ void nms_suppressors_kernel(Sorted<B> sorted, int first, IouThreshold<typename B::Scalar> threshold) {
+  using T = typename B::Scalar;
   const int position = (sorted.begins ? 0 : first) + blockIdx.x * kThreads + threadIdx.x;
   if (position >= sorted.count) return;
   const int window_begin = sorted.begin(position) + first;
   const int offset = position - window_begin;
   const int word = blockIdx.y;
   if (offset < word * kTile || offset >= sorted.window || sorted.dead[position]) return;
-  const Box<T> box = sorted.boxes[position];
+  const B box = sorted.boxes[position];
   const T area = box_area(box);
   const int earliest = window_begin + word * kTile;
   const int length = min(kTile, position - earliest);
   uint64_t mask = 0;
   for (int i = 0; i < length; ++i) {
-    const Box<T> earlier = sorted.boxes[earliest + i];
+    const B earlier = sorted.boxes[earliest + i];
     const T earlier_area = box_area(earlier);
     if (!may_suppress(earlier, earlier_area, box, area, threshold)) continue;
     if (sorted.ids && sorted.ids[earliest + i] != sorted.ids[position]) continue;
@@ -133,8 +135,8 @@ __global__ void nms_suppressors_kernel(Sorted<T> sorted, int first, IouThreshold
 }
 
 // Part 2. A block takes the segments that begin in its own range of positions, one after another.
-template <class T>
-__global__ void nms_resolve_kernel(Sorted<T> sorted, int first, Result result) {
+template <class B>
+__global__ void nms_resolve_kernel(Sorted<B> sorted, int first, Result result) {
   constexpr int kThreadsPerBox = kThreads / kTile;
   constexpr int kWarps = kThreads / kWarpSize;
   constexpr int kBoxesPerWarp = kTile / kWarps;
@@ -216,17 +218,18 @@ __global__ void nms_resolve_kernel(Sorted<T> sorted, int first, Result result) {
 }
 
 // Part 3. Boxes after the window of their segment; blockIdx.y counts the slices of the kept list.
-template <class T>
-__global__ void nms_propagate_kernel(Sorted<T> sorted, int first, IouThreshold<T> threshold) {
+template <class B>
+__global__ void nms_propagate_kernel(Sorted<B> sorted, int first, IouThreshold<typename B::Scalar> threshold) {
+  using T = typename B::Scalar;
   const int position = (sorted.begins ? 0 : first + sorted.window) + blockIdx.x * kThreads + threadIdx.x;
   if (position >= sorted.count) return;
   const int window_begin = sorted.begin(position) + first;
   if (position < window_begin + sorted.window || relaxed_load(&sorted.dead[position])) return;
-  const Box<T> box = sorted.boxes[position];
+  const B box = sorted.boxes[position];
   const T area = box_area(box);
   const int kept_count = sorted.kept_counts[window_begin];
   for (int i = blockIdx.y; i < kept_count; i += kSlices) {
-    const Box<T> kept = sorted.kept_boxes[window_begin + i];
+    const B kept = sorted.kept_boxes[window_begin + i];
     const T kept_area = box_area(kept);
     if (may_suppress(kept, kept_area, box, area, threshold) && suppresses(kept, kept_area, box, area, threshold)) {
       relaxed_store(&sorted.dead[position], uint8_t(1));
@@ -271,22 +274,22 @@ Tensor rank_order(const char* op, const Tensor& scores, cudaStream_t stream) {
   return order;
 }
 
-template <class T>
-void suppress(const Sorted<T>& sorted, const Result& result, double iou_threshold, cudaStream_t stream) {
-  const IouThreshold<T> threshold(iou_threshold);
+template <class B>
+void suppress(const Sorted<B>& sorted, const Result& result, double iou_threshold, cudaStream_t stream) {
+  const IouThreshold<typename B::Scalar> threshold(iou_threshold);
   const bool grouped = sorted.begins != nullptr;
   const auto blocks = [](int count) { return static_cast<unsigned>(ceil_div(count, kThreads)); };
   for (int64_t first = 0; first < sorted.count; first += sorted.window) {
     const int start = static_cast<int>(first);
     const int in_window = grouped ? sorted.count : min_of(sorted.window, sorted.count - start);
     const dim3 mask_grid(blocks(in_window), ceil_div(min_of(in_window, sorted.window), kTile));
-    DETOPS_LAUNCH((nms_suppressors_kernel<T>), mask_grid, kThreads, 0, stream, sorted, start, threshold);
+    DETOPS_LAUNCH((nms_suppressors_kernel<B>), mask_grid, kThreads, 0, stream, sorted, start, threshold);
     const unsigned owners = grouped ? static_cast<unsigned>(ceil_div(sorted.count, kOwned)) : 1u;
-    DETOPS_LAUNCH((nms_resolve_kernel<T>), owners, kThreads, 0, stream, sorted, start, result);
+    DETOPS_LAUNCH((nms_resolve_kernel<B>), owners, kThreads, 0, stream, sorted, start, result);
     const int64_t after = first + sorted.window;
     if (after >= sorted.count) break;
     const dim3 later_grid(blocks(grouped ? sorted.count : static_cast<int>(sorted.count - after)), kSlices);
-    DETOPS_LAUNCH((nms_propagate_kernel<T>), later_grid, kThreads, 0, stream, sorted, start, threshold);
+    DETOPS_LAUNCH((nms_propagate_kernel<B>), later_grid, kThreads, 0, stream, sorted, start, threshold);
   }
 }
 
@@ -327,20 +330,21 @@ Tensor nms_cuda(const char* op, const Tensor& boxes, const Tensor& scores, const
     check_cuda(cudaMemsetAsync(result.indices_count, 0, sizeof(int64_t), stream), op);
   }
 
-  dispatch_floating(boxes.scalar_type(), [&](auto tag) {
-    using S = typename decltype(tag)::type;
-    using T = ComputeType<S>;
-    const int window = grouped ? kGroupedWindow : static_cast<int>(min_of<int64_t>(ceil_div(count, kTile) * kTile, kSmall));
-    const Tensor sorted_boxes = scratch(count * int64_t(sizeof(Box<T>)));
-    const Tensor kept_boxes = scratch(count * int64_t(sizeof(Box<T>)));
+  const auto run = [&](auto source, auto box) {
+    using S = typename decltype(source)::type;
+    using B = typename decltype(box)::type;
+    const int all = static_cast<int>(min_of<int64_t>(ceil_div(count, kTile) * kTile, kSmall));
+    const int window = grouped ? kGroupedWindow : all;
+    const Tensor sorted_boxes = scratch(count * int64_t(sizeof(B)));
+    const Tensor kept_boxes = scratch(count * int64_t(sizeof(B)));
     const Tensor suppressors = scratch(int64_t(grouped ? count : window) * (window / 8));
-    auto* const boxes_by_position = static_cast<Box<T>*>(sorted_boxes.mutable_data_ptr());
+    auto* const boxes_by_position = static_cast<B*>(sorted_boxes.mutable_data_ptr());
     int64_t* const compared_ids = idxs != nullptr && !grouped ? ids.mutable_data_ptr<int64_t>() : nullptr;
-    DETOPS_LAUNCH((nms_gather_kernel<S, T>), grid, kThreads, 0, stream, boxes.const_data_ptr<S>(),
+    DETOPS_LAUNCH((nms_gather_kernel<S, B>), grid, kThreads, 0, stream, boxes.const_data_ptr<S>(),
                   compared_ids ? idxs->const_data_ptr<int64_t>() : nullptr, result.order, result.ranks, count,
                   boxes_by_position, compared_ids);
     const int* const begins = grouped ? bounds.const_data_ptr<int>() : nullptr;
-    const Sorted<T> sorted{count,
+    const Sorted<B> sorted{count,
                            window,
                            boxes_by_position,
                            compared_ids,
@@ -348,9 +352,17 @@ Tensor nms_cuda(const char* op, const Tensor& boxes, const Tensor& scores, const
                            grouped ? begins + count : nullptr,
                            dead.mutable_data_ptr<uint8_t>(),
                            static_cast<uint64_t*>(suppressors.mutable_data_ptr()),
-                           static_cast<Box<T>*>(kept_boxes.mutable_data_ptr()),
+                           static_cast<B*>(kept_boxes.mutable_data_ptr()),
                            kept_counts.mutable_data_ptr<int>()};
     suppress(sorted, result, iou_threshold, stream);
+  };
+  dispatch_floating(boxes.scalar_type(), [&](auto source) {
+    using T = ComputeType<typename decltype(source)::type>;
+    if (boxes.size(1) == RotatedBox<T>::kCoordinates) {
+      run(source, TypeTag<RotatedBox<T>>{});
+    } else {
+      run(source, TypeTag<Box<T>>{});
+    }
   });
 
   if (grouped) return masked_select(op, order, keep);

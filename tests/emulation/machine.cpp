@@ -100,7 +100,9 @@ struct Multiprocessor {
   unsigned array_count;
   char* dynamic_array;
 
-  OrderPoint order;  // launch -> blocks in turn -> end of the launch
+  // A block begins after the launch, or after all of the block before it: it acquires one point and releases the other.
+  OrderPoint between_blocks[2];
+  unsigned block_turn = 0;
 };
 
 // Settings, from the environment.
@@ -264,9 +266,9 @@ void end_thread(Thread& me) {
 void run_threads() {
   for (;;) {
     Thread& me = *running;
-    acquire(here->order);
+    acquire(here->between_blocks[here->block_turn]);
     the_launch->call(the_launch->arguments);
-    release(here->order);
+    release(here->between_blocks[here->block_turn ^ 1]);
     end_thread(me);
     run_next(me);
   }
@@ -326,6 +328,7 @@ void run_block(Multiprocessor& mp, uint3 block) {
   mp.ready_begin = 1;
   --mp.ready_count;
   switch_fiber(launching_code, running->fiber);
+  mp.block_turn ^= 1;
 }
 
 Multiprocessor& multiprocessor_with_fibers(unsigned number) {
@@ -420,7 +423,10 @@ void launch(const Launch& launch) {
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   const unsigned sets = static_cast<unsigned>(std::min<uint64_t>(kFiberSets, blocks));
   adopt_running_code(launching_code);
-  for (unsigned i = 0; i < sets; ++i) release(multiprocessor_with_fibers(i).order);
+  for (unsigned i = 0; i < sets; ++i) {
+    Multiprocessor& mp = multiprocessor_with_fibers(i);
+    release(mp.between_blocks[mp.block_turn]);
+  }
 
   std::vector<uint64_t> order(settings().seed != 0 ? blocks : 0);
   std::iota(order.begin(), order.end(), uint64_t(0));
@@ -438,7 +444,7 @@ void launch(const Launch& launch) {
                static_cast<unsigned>(row / grid.y)});
   }
 
-  for (unsigned i = 0; i < sets; ++i) acquire(multiprocessors[i]->order);
+  for (unsigned i = 0; i < sets; ++i) acquire(multiprocessors[i]->between_blocks[multiprocessors[i]->block_turn]);
   the_launch = nullptr;
 }
 

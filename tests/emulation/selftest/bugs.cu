@@ -3,7 +3,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <string>
 #include <vector>
 
@@ -221,13 +220,6 @@ __global__ void static_shared_limit_kernel(int* out) {
 }
 
 template <bool kBug>
-void run_launch(const std::string& name) {
-  if (name == "large_block") DETOPS_LAUNCH(nothing_kernel, 1, kBug ? 1025 : 1024, 0, nullptr);
-  if (name == "empty_grid") DETOPS_LAUNCH(nothing_kernel, kBug ? 0 : 1, 32, 0, nullptr);
-  if (name == "dynamic_shared_limit") DETOPS_LAUNCH(nothing_kernel, 1, 32, 48 * 1024 + (kBug ? 1 : 0), nullptr);
-}
-
-template <bool kBug>
 void run(const std::string& name) {
   // Exactly as long as they must be, and each in an allocation of its own.
   std::vector<int> values(kThreads - 1, 1), out(kThreads, 0);
@@ -236,47 +228,40 @@ void run(const std::string& name) {
   if (posix_memalign(&aligned, 16, 5 * sizeof(int)) != 0) abort();
   memset(aligned, 0, 5 * sizeof(int));
 
-  using Kernel = void (*)(int*);
-  const std::map<std::string, Kernel> kernels{
-      {"missing_syncthreads", missing_syncthreads_kernel<kBug>},
-      {"missing_second_syncthreads", missing_second_syncthreads_kernel<kBug>},
-      {"missing_syncwarp", missing_syncwarp_kernel<kBug>},
-      {"vote_for_a_barrier", vote_for_a_barrier_kernel<kBug>},
-      {"syncwarp_of_half", syncwarp_of_half_kernel<kBug>},
-      {"race_between_blocks", race_between_blocks_kernel<kBug>},
-      {"plain_beside_atomic", plain_beside_atomic_kernel<kBug>},
-      {"shared_overrun", shared_overrun_kernel<kBug>},
-      {"dynamic_shared_overrun", dynamic_shared_overrun_kernel<kBug>},
-      {"signed_overflow", signed_overflow_kernel<kBug>},
-      {"uninitialised_shared", uninitialised_shared_kernel<kBug>},
-      {"uninitialised_counter", uninitialised_counter_kernel<kBug>},
-      {"divergent_barrier", divergent_barrier_kernel<kBug>},
-      {"two_barriers", two_barriers_kernel<kBug>},
-      {"exit_before_barrier", exit_before_barrier_kernel<kBug>},
-      {"barrier_and_warp", barrier_and_warp_kernel<kBug>},
-      {"mismatched_collectives", mismatched_collectives_kernel<kBug>},
-      {"different_masks", different_masks_kernel<kBug>},
-      {"absent_lane", absent_lane_kernel<kBug>},
-      {"ended_lane", ended_lane_kernel<kBug>},
-      {"not_in_own_mask", not_in_own_mask_kernel<kBug>},
-      {"static_shared_limit", static_shared_limit_kernel<kBug>},
-  };
-  if (const auto found = kernels.find(name); found != kernels.end()) {
-    const int blocks = name == "race_between_blocks" ? 8 : 1;
-    DETOPS_LAUNCH(found->second, blocks, kThreads, kThreads * sizeof(int), nullptr, out.data());
-  } else if (name == "read_past_the_end") {
-    DETOPS_LAUNCH(read_past_the_end_kernel<kBug>, 1, kThreads, 0, nullptr, values.data(), kThreads - 1, out.data());
-  } else if (name == "misaligned") {
-    DETOPS_LAUNCH(misaligned_kernel<kBug>, 1, 1, 0, nullptr, static_cast<int*>(aligned), out.data());
-  } else if (name == "float_atomics") {
-    DETOPS_LAUNCH(float_atomics_kernel<kBug>, 1, kThreads, 0, nullptr, &sum);
-  } else if (name == "late_copy") {
-    int host = 0;
-    cudaMemcpyAsync(&host, values.data(), sizeof(int), cudaMemcpyDeviceToHost, nullptr);
+#define RUN(bug, grid, block, shared_bytes, ...) \
+  if (name == #bug) DETOPS_LAUNCH((bug##_kernel<kBug>), grid, block, shared_bytes, nullptr, __VA_ARGS__)
+#define RUN_ONE_BLOCK(bug) RUN(bug, 1, kThreads, 0, out.data())
+  RUN_ONE_BLOCK(missing_syncthreads);
+  RUN_ONE_BLOCK(missing_second_syncthreads);
+  RUN_ONE_BLOCK(missing_syncwarp);
+  RUN_ONE_BLOCK(vote_for_a_barrier);
+  RUN_ONE_BLOCK(syncwarp_of_half);
+  RUN_ONE_BLOCK(plain_beside_atomic);
+  RUN_ONE_BLOCK(shared_overrun);
+  RUN_ONE_BLOCK(signed_overflow);
+  RUN_ONE_BLOCK(uninitialised_shared);
+  RUN_ONE_BLOCK(uninitialised_counter);
+  RUN_ONE_BLOCK(divergent_barrier);
+  RUN_ONE_BLOCK(two_barriers);
+  RUN_ONE_BLOCK(exit_before_barrier);
+  RUN_ONE_BLOCK(barrier_and_warp);
+  RUN_ONE_BLOCK(mismatched_collectives);
+  RUN_ONE_BLOCK(different_masks);
+  RUN_ONE_BLOCK(absent_lane);
+  RUN_ONE_BLOCK(ended_lane);
+  RUN_ONE_BLOCK(not_in_own_mask);
+  RUN_ONE_BLOCK(static_shared_limit);
+  RUN(race_between_blocks, 8, kThreads, 0, out.data());
+  RUN(dynamic_shared_overrun, 1, kThreads, kThreads * sizeof(int), out.data());
+  RUN(read_past_the_end, 1, kThreads, 0, values.data(), kThreads - 1, out.data());
+  RUN(misaligned, 1, 1, 0, static_cast<int*>(aligned), out.data());
+  RUN(float_atomics, 1, kThreads, 0, &sum);
+  if (name == "large_block") DETOPS_LAUNCH(nothing_kernel, 1, kBug ? 1025 : 1024, 0, nullptr);
+  if (name == "empty_grid") DETOPS_LAUNCH(nothing_kernel, kBug ? 0 : 1, 32, 0, nullptr);
+  if (name == "dynamic_shared_limit") DETOPS_LAUNCH(nothing_kernel, 1, 32, 48 * 1024 + (kBug ? 1 : 0), nullptr);
+  if (name == "late_copy") {
+    cudaMemcpyAsync(out.data(), values.data(), sizeof(int), cudaMemcpyDeviceToHost, nullptr);
     if (!kBug) cudaStreamSynchronize(nullptr);
-    out[0] = host;
-  } else {
-    run_launch<kBug>(name);
   }
   long total = 0;
   for (int value : out) total += value;

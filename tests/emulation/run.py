@@ -1,0 +1,137 @@
+"""Run the CUDA sources on the CPU: build them, and run the families' tests on the device "emulated".
+
+    python tests/emulation/run.py                              every family, no sanitizer
+    python tests/emulation/run.py --sanitize address nms       one family, with out-of-bounds accesses reported
+    python tests/emulation/run.py --sanitize thread --seed 7   races, with small inputs and a shuffled schedule
+
+Ends with a status other than 0 if a test fails, something is reported, or a kernel of these families was not run. Needs
+g++, torch and an importable detops; without pytest, smoke.py runs instead of the tests.
+"""
+
+import argparse
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from build import CSRC, FLAGS, ROOT, build
+
+TESTS = ROOT / "tests"
+PRELOADED = {"address": "libasan.so", "thread": "libtsan.so"}  # must come before Python's own libraries
+
+
+def families(csrc: Path = CSRC) -> list[str]:
+    return sorted({path.parent.name for path in csrc.glob("*/*_cuda.cu")})
+
+
+def test_files(family: str) -> list[str]:
+    """The tests of a family, and of the ops that have a source file of their own in its folder."""
+    stems = {family} | {path.stem.removesuffix("_cuda") for path in CSRC.glob(f"{family}/*_cuda.cu")}
+    return sorted({str(path) for stem in stems for path in TESTS.glob(f"test_{stem}*.py")})
+
+
+def kernels_in(folder: Path) -> set[str]:
+    """The names of the __global__ functions in the sources of a folder."""
+    found = set()
+    for path in [*folder.rglob("*.cu"), *folder.rglob("*.cuh")]:
+        code = re.sub(r"//[^\n]*|/\*.*?\*/", "", path.read_text(), flags=re.DOTALL)
+        code = re.sub(r"__launch_bounds__\s*\((?:[^()]|\([^()]*\))*\)", "", code)
+        for declaration in re.findall(r"__global__([^;{(]*)\(", code):
+            found.add(declaration.split()[-1])
+    return found
+
+
+def kernels_not_run(names: list[str], log: Path, csrc: Path = CSRC) -> set[str]:
+    """Kernels of these families that are not in the log; with all families, of everything in csrc."""
+    folders = [csrc] if set(names) == set(families(csrc)) else [csrc / name for name in names]
+    ran = set(log.read_text().split()) if log.exists() else set()
+    return set().union(*map(kernels_in, folders)) - ran
+
+
+def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[str, str]:
+    every = {
+        **os.environ,
+        "DETOPS_TEST_DEVICES": "emulated",
+        "DETOPS_EMULATED_LIBRARY": str(library),
+        "DETOPS_EMULATED_KERNELS": str(log),
+        "DETOPS_EMULATED_SEED": str(options.seed),
+        "DETOPS_EMULATED_POISON": str(options.poison),
+        "OMP_NUM_THREADS": "1",  # fibers and threads of a pool do not mix well, and reports should be about fibers
+        # Memory of torch that nothing has written: the poison, if the C library fills it.
+        "MALLOC_PERTURB_": str(options.poison ^ 0xFF),
+        "ASAN_OPTIONS": ":".join(
+            [
+                "detect_leaks=0",  # Python keeps memory to its end
+                "handle_segv=2",  # not faulthandler: it knows less
+                "allocator_may_return_null=1",  # some tests ask for more than there is
+                f"max_malloc_fill_size={1 << 30}:malloc_fill_byte={options.poison}",
+            ]
+        ),
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "TSAN_OPTIONS": "exitcode=66:history_size=2",
+    }
+    if (ROOT / "detops" / "_C.abi3.so").exists():
+        every["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    if options.sanitize == "thread":
+        every["DETOPS_TEST_SMALL"] = "1"
+    if options.sanitize in PRELOADED:
+        every["LD_PRELOAD"] = compiler_file(PRELOADED[options.sanitize])
+    return every
+
+
+def compiler_file(name: str) -> str:
+    command = ["g++", f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def tests_command(names: list[str], pytest_options: list[str]) -> list[str]:
+    if importlib.util.find_spec("pytest") is None:
+        print("no pytest here: running the smoke test in its place", flush=True)
+        return [sys.executable, str(Path(__file__).with_name("smoke.py")), *names]
+    files = sorted({file for name in names for file in test_files(name)})
+    # Not captured at the level of file descriptors: what a sanitizer writes before it ends the process must be seen.
+    return [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *pytest_options, *files]
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(families())}; default: all")
+    parser.add_argument("--sanitize", choices=FLAGS, default="none")
+    parser.add_argument("--seed", type=int, default=0, help="shuffles the schedule of threads and blocks; 0: in order")
+    parser.add_argument(
+        "--poison", type=lambda text: int(text, 0), default=0xFF, help="the byte that fills unwritten memory"
+    )
+    parser.add_argument("--csrc", type=Path, default=CSRC, help="another copy of the sources")
+    parser.add_argument("-k", dest="pytest_k", help="only these tests, as pytest's -k; kernels may then be left out")
+    options = parser.parse_args()
+    if unknown := set(options.families) - set(families()):
+        parser.error(f"no such family: {', '.join(sorted(unknown))}")
+    return options
+
+
+def main() -> int:
+    options = parse_arguments()
+    names = options.families or families()
+    started = time.monotonic()
+    library = build(options.sanitize, options.csrc.resolve())
+    built = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "kernels"
+        command = tests_command(names, ["-k", options.pytest_k] if options.pytest_k else [])
+        status = subprocess.run(command, env=environment(library, log, options), cwd=TESTS).returncode
+        missing = kernels_not_run(names, log, options.csrc)
+        ran = len(log.read_text().split()) if log.exists() else 0
+    print(f"emulation: sanitize={options.sanitize} seed={options.seed}, {ran} kernels run, ", end="")
+    print(f"build {built - started:.0f} s, tests {time.monotonic() - built:.0f} s, status {status}")
+    if missing and not options.pytest_k:
+        print(f"no test ran: {', '.join(sorted(missing))}")
+        status = status or 1
+    return status if 0 <= status < 256 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
