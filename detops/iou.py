@@ -17,7 +17,6 @@ from . import _library
 from . import boxes as _boxes
 from ._library import register_autograd, register_fake
 
-
 # Numbers of the kinds, as csrc/iou/iou.h counts them.
 _IOU, _GENERALIZED, _DISTANCE, _COMPLETE, _EFFICIENT, _IOA = range(6)
 
@@ -241,7 +240,9 @@ def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: floa
 
 def _compare_rotated(boxes1: Tensor, boxes2: Tensor, fmt: str, aligned: bool) -> Tensor:
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
-        raise RuntimeError("box_iou: boxes must not require a gradient where fmt is rotated, got boxes that do: detach them")
+        raise RuntimeError(
+            "box_iou: boxes must not require a gradient where fmt is rotated, got some that do: detach them"
+        )
     boxes1, boxes2 = _share_dtype(boxes1, boxes2)
     if fmt != "cxcywhr":
         boxes1, boxes2 = _boxes.box_convert(boxes1, fmt, "cxcywhr"), _boxes.box_convert(boxes2, fmt, "cxcywhr")

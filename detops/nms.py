@@ -88,7 +88,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None = None) -> Tensor:
     """Greedy non-maximum suppression of rotated boxes, within groups of equal id where ids are given.
 
-    The same decisions as `nms` and `batched_nms`, with the IoU of rotated boxes as `box_iou(..., fmt="cxcywhr")` has it.
+    The same decisions as `nms` and `batched_nms`, with the IoU that `box_iou(..., fmt="cxcywhr")` gives.
 
     Args:
         boxes: [N, 5] (centre x, centre y, width, height, angle), floating; the angle in degrees, counter-clockwise as

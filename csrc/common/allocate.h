@@ -1,4 +1,5 @@
-// The one way to allocate a tensor. Three times faster than torch::stable::new_empty, which goes through the dispatcher.
+// The one way to allocate a tensor. Three times faster than torch::stable::new_empty, which goes through the
+// dispatcher.
 #pragma once
 
 #include <initializer_list>

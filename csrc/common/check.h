@@ -93,8 +93,7 @@ inline void check_integer(const char* op, const char* argument, const Tensor& te
     case ScalarType::Int:
     case ScalarType::Long:
     case ScalarType::Bool: return;
-    default:
-      fail(op, std::string(argument) + " must be an integer tensor, got " + dtype_name(tensor.scalar_type()));
+    default: fail(op, std::string(argument) + " must be an integer tensor, got " + dtype_name(tensor.scalar_type()));
   }
 }
 
@@ -102,8 +101,8 @@ inline void check_integer(const char* op, const char* argument, const Tensor& te
 inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* reference,
                               const Tensor& expected) {
   if (tensor.is_cuda() == expected.is_cuda() && tensor.get_device_index() == expected.get_device_index()) return;
-  fail(op, std::string(argument) + " must be on the device of " + reference + " (" + device_text(expected) +
-               "), got " + device_text(tensor));
+  fail(op, std::string(argument) + " must be on the device of " + reference + " (" + device_text(expected) + "), got " +
+               device_text(tensor));
 }
 
 // Row numbers are kept in 32 bits inside the kernels.

@@ -75,14 +75,14 @@ inline bool on_gpu([[maybe_unused]] const char* op, [[maybe_unused]] const Tenso
 #define DETOPS_REGISTER(m) DETOPS_REGISTER_UNIQUE(m, C10_UID)
 #define DETOPS_REGISTER_UNIQUE(m, uid) DETOPS_REGISTER_IMPL(m, C10_CONCATENATE(register_ops_, uid))
 #if defined(DETOPS_EMULATED)
-#define DETOPS_REGISTER_IMPL(m, name)                                   \
-  static void name(torch::stable::detail::StableLibrary& m);            \
+#define DETOPS_REGISTER_IMPL(m, name)                                         \
+  static void name(torch::stable::detail::StableLibrary& m);                  \
   STABLE_TORCH_LIBRARY_IMPL(detops_emulated, CPU, library) { name(library); } \
   static void name(torch::stable::detail::StableLibrary& m)
 #else
-#define DETOPS_REGISTER_IMPL(m, name)                                  \
-  static void name(torch::stable::detail::StableLibrary& m);           \
-  STABLE_TORCH_LIBRARY_IMPL(detops, CPU, library) { name(library); }   \
-  STABLE_TORCH_LIBRARY_IMPL(detops, CUDA, library) { name(library); }  \
+#define DETOPS_REGISTER_IMPL(m, name)                                 \
+  static void name(torch::stable::detail::StableLibrary& m);          \
+  STABLE_TORCH_LIBRARY_IMPL(detops, CPU, library) { name(library); }  \
+  STABLE_TORCH_LIBRARY_IMPL(detops, CUDA, library) { name(library); } \
   static void name(torch::stable::detail::StableLibrary& m)
 #endif

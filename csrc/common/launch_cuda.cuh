@@ -21,14 +21,14 @@
 #include <cuda_runtime.h>
 
 #define DETOPS_SHARED(type, name, count) __shared__ type name[count]
-#define DETOPS_DYNAMIC_SHARED(type, name)                            \
+#define DETOPS_DYNAMIC_SHARED(type, name)                                \
   extern __shared__ __align__(16) unsigned char detops_dynamic_shared[]; \
   type* const name = reinterpret_cast<type*>(detops_dynamic_shared)
-#define DETOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)           \
-  do {                                                                          \
-    const auto detops_kernel = kernel;                                          \
-    detops_kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__);  \
-    ::DETOPS_NAMESPACE::check_cuda(cudaGetLastError(), #kernel);                \
+#define DETOPS_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)          \
+  do {                                                                         \
+    const auto detops_kernel = kernel;                                         \
+    detops_kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__); \
+    ::DETOPS_NAMESPACE::check_cuda(cudaGetLastError(), #kernel);               \
   } while (0)
 
 #include <dlfcn.h>
@@ -43,7 +43,8 @@ constexpr unsigned kFullWarp = 0xffffffffu;
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   const bool no_memory = error == cudaErrorMemoryAllocation;
-  fail(what, (no_memory ? std::string("CUDA out of memory: ") : std::string("CUDA error: ")) + cudaGetErrorString(error));
+  fail(what,
+       (no_memory ? std::string("CUDA out of memory: ") : std::string("CUDA error: ")) + cudaGetErrorString(error));
 }
 
 #if defined(DETOPS_EMULATED)

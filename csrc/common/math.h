@@ -86,8 +86,8 @@ struct Split {
 };
 DETOPS_HD Split split(double x) {
   const bool subnormal = x < std::numeric_limits<double>::min();
-  const uint64_t bits = bit_cast<uint64_t>(subnormal ? x * 18014398509481984.0 : x);  // 2^54
-  const uint64_t biased = (bits + (uint64_t(1024) << 52) - 0x3fe6a09e667f3bcdu) >> 52;   // k + 1024; sqrt(1/2)
+  const uint64_t bits = bit_cast<uint64_t>(subnormal ? x * 18014398509481984.0 : x);    // 2^54
+  const uint64_t biased = (bits + (uint64_t(1024) << 52) - 0x3fe6a09e667f3bcdu) >> 52;  // k + 1024; sqrt(1/2)
   const double k = above_two_52(biased) - (two_52 + 1024.0) - (subnormal ? 54.0 : 0.0);
   return {k, bit_cast<double>(bits - (biased << 52) + (uint64_t(1024) << 52)) - 1.0};
 }
@@ -107,7 +107,8 @@ DETOPS_HD double log_of(Split x) {
   return sum.high + (sum.low + (x.k * ln2_low - s * (x.f - rest)));
 }
 
-// The same in a Pair, with an error of about 2^-65 of it: the product with y may be 745 and needs 53 bits behind the point.
+// The same in a Pair, with an error of about 2^-65 of it: the product with y may be 745 and needs 53 bits behind the
+// point.
 DETOPS_HD Pair precise_log_of(Split x) {
   // s = s1 + s2, where s1 has 26 bits, and s2 is what is missing from s1 (2 + f) = f.
   const Pair divisor = exact_sum(2.0, x.f);
@@ -176,10 +177,10 @@ DETOPS_HD double atan(double x) {
   const double quarters = far ? 2.0 : (middle ? 1.0 : 0.0);
   const double t = (far ? -1.0 : (middle ? a - 1.0 : a)) / (far ? a : (middle ? a + 1.0 : 1.0));
   const double z = t * t;
-  const double series = detail::polynomial(
-      z, -0.33333333333332993, 0.1999999999990566, -0.1428571427659125, 0.11111110667883631, -0.0909089643717404,
-      0.07692076736224093, -0.06663837761578356, 0.05858472462694411, -0.051227371454010275, 0.04188455986541532,
-      -0.027464836719496427, 0.010136855268884517);
+  const double series =
+      detail::polynomial(z, -0.33333333333332993, 0.1999999999990566, -0.1428571427659125, 0.11111110667883631,
+                         -0.0909089643717404, 0.07692076736224093, -0.06663837761578356, 0.05858472462694411,
+                         -0.051227371454010275, 0.04188455986541532, -0.027464836719496427, 0.010136855268884517);
   const detail::Pair sum = detail::exact_sum(quarters * 0.7853981633974483, t);
   const double value = sum.high + (sum.low + (t * z * series + quarters * 3.061616997868383e-17));
   return bit_cast<double>(bit_cast<uint64_t>(value) | (bit_cast<uint64_t>(x) & detail::sign_bit));
@@ -225,16 +226,16 @@ DETOPS_HD double sigmoid(double x) {
 }
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), stable everywhere. Error <= SOFTPLUS_ULP ulp.
-DETOPS_HD double softplus(double x) {
-  return max_of(0.0, x) + detail::log1p_of_unit(exp(-detail::magnitude(x)));
-}
+DETOPS_HD double softplus(double x) { return max_of(0.0, x) + detail::log1p_of_unit(exp(-detail::magnitude(x))); }
 
 // log(sigmoid(x)), stable everywhere. Error as of softplus.
 DETOPS_HD double log_sigmoid(double x) { return -softplus(-x); }
 
 DETOPS_HD float exp(float x) { return static_cast<float>(exp(static_cast<double>(x))); }
 DETOPS_HD float log(float x) { return static_cast<float>(log(static_cast<double>(x))); }
-DETOPS_HD float pow(float x, float y) { return static_cast<float>(pow(static_cast<double>(x), static_cast<double>(y))); }
+DETOPS_HD float pow(float x, float y) {
+  return static_cast<float>(pow(static_cast<double>(x), static_cast<double>(y)));
+}
 DETOPS_HD float atan(float x) { return static_cast<float>(atan(static_cast<double>(x))); }
 DETOPS_HD float sigmoid(float x) { return static_cast<float>(sigmoid(static_cast<double>(x))); }
 DETOPS_HD float softplus(float x) { return static_cast<float>(softplus(static_cast<double>(x))); }

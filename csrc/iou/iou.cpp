@@ -63,8 +63,9 @@ void pairwise(const T* boxes1, const T* boxes2, const IouShape& shape, T eps, T*
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / shape.rows;
       const T* const box = boxes1 + image * shape.stride1 + row % shape.rows * 4;
-      iou_row<kind>(iou_box<kind>(load_box<T>(box)), columns_at(columns.get() + image * 6 * shape.columns, shape.columns),
-                    shape.columns, eps, out + row * shape.columns);
+      iou_row<kind>(iou_box<kind>(load_box<T>(box)),
+                    columns_at(columns.get() + image * 6 * shape.columns, shape.columns), shape.columns, eps,
+                    out + row * shape.columns);
     }
   });
 }
@@ -74,7 +75,8 @@ DETOPS_CLONES void aligned_range(const T* boxes1, const T* boxes2, int64_t begin
                                  T* __restrict__ out) {
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
-    out[i] = iou_value<kind>(iou_box<kind>(load_box<T>(boxes1 + 4 * i)), iou_box<kind>(load_box<T>(boxes2 + 4 * i)), eps);
+    out[i] =
+        iou_value<kind>(iou_box<kind>(load_box<T>(boxes1 + 4 * i)), iou_box<kind>(load_box<T>(boxes2 + 4 * i)), eps);
   }
 }
 
@@ -82,8 +84,8 @@ template <IouKind kind, class T>
 DETOPS_CLONES void aligned_gradient_range(const T* boxes1, const T* boxes2, const T* grad, int64_t begin, int64_t end,
                                           T eps, T* __restrict__ grad1, T* __restrict__ grad2) {
   for (int64_t i = begin; i < end; ++i) {
-    const PairGradient<T> gradient = iou_gradient<kind>(
-        iou_box<kind>(load_box<T>(boxes1 + 4 * i)), iou_box<kind>(load_box<T>(boxes2 + 4 * i)), eps, grad[i]);
+    const PairGradient<T> gradient = iou_gradient<kind>(iou_box<kind>(load_box<T>(boxes1 + 4 * i)),
+                                                        iou_box<kind>(load_box<T>(boxes2 + 4 * i)), eps, grad[i]);
     store_box(gradient.a, grad1 + 4 * i);
     store_box(gradient.b, grad2 + 4 * i);
   }

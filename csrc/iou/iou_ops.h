@@ -69,8 +69,8 @@ inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tens
     fail(op, "boxes1 must be float32 or float64, got " + dtype_name(dtype));
   }
   if (boxes2.scalar_type() != dtype) {
-    fail(op, "boxes2 must have the dtype of boxes1 (" + dtype_name(dtype) + "), got " +
-                 dtype_name(boxes2.scalar_type()));
+    fail(op,
+         "boxes2 must have the dtype of boxes1 (" + dtype_name(dtype) + "), got " + dtype_name(boxes2.scalar_type()));
   }
   check_same_device(op, "boxes2", boxes2, "boxes1", boxes1);
   return shape;

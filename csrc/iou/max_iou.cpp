@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor> max_iou(const Tensor& boxes1, const Tensor& boxes2, c
   if (valid.has_value()) {
     bool same = valid->dim() == boxes2.dim() - 1;
     for (int64_t i = 0; same && i < valid->dim(); ++i) same = valid->size(i) == boxes2.size(i);
-    if (!same) fail(op, "valid must have one value per box of boxes2 (" + shape_text(boxes2) + "), got " + shape_text(*valid));
+    if (!same)
+      fail(op, "valid must have one value per box of boxes2 (" + shape_text(boxes2) + "), got " + shape_text(*valid));
     if (valid->scalar_type() != ScalarType::Bool) {
       fail(op, "valid must be bool, got " + dtype_name(valid->scalar_type()));
     }
@@ -103,7 +104,8 @@ std::tuple<Tensor, Tensor> max_iou(const Tensor& boxes1, const Tensor& boxes2, c
   const Tensor indices = allocate(op, leading_sizes(boxes1, {shape.rows}), ScalarType::Long, boxes1);
   if (values.numel() == 0) return {values, indices};
   if (on_gpu(op, boxes1)) {
-    DETOPS_GPU_ONLY(max_iou_cuda(dense1.tensor, dense2.tensor, dense_valid ? &*dense_valid : nullptr, shape, values, indices));
+    DETOPS_GPU_ONLY(
+        max_iou_cuda(dense1.tensor, dense2.tensor, dense_valid ? &*dense_valid : nullptr, shape, values, indices));
   } else {
     dispatch_compute_type(boxes1.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;

@@ -92,9 +92,8 @@ DETOPS_HD T intersection_area(const RotatedBox<T>& a, const RotatedBox<T>& b) {
   const auto turn = math::sincos_degrees(b.angle - a.angle);
   const T wx = b.width / 2 * turn.cos, wy = -(b.width / 2 * turn.sin);
   const T hx = b.height / 2 * turn.sin, hy = b.height / 2 * turn.cos;
-  Polygon<T> polygon{{x - wx - hx, x + wx - hx, x + wx + hx, x - wx + hx},
-                     {y - wy - hy, y + wy - hy, y + wy + hy, y - wy + hy},
-                     4};
+  Polygon<T> polygon{
+      {x - wx - hx, x + wx - hx, x + wx + hx, x - wx + hx}, {y - wy - hy, y + wy - hy, y + wy + hy, y - wy + hy}, 4};
   Polygon<T> clipped;
   const T half_width = a.width / 2, half_height = a.height / 2;
   clip(polygon.x, polygon.y, polygon.size, T(1), half_width, clipped.x, clipped.y, clipped.size);

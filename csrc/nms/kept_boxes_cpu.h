@@ -139,7 +139,9 @@ class KeptRotated {
         possible[i] = may_suppress(kept, box_area(kept), box, area, threshold);
       }
       for (int64_t i = 0; i < length; ++i) {
-        if (possible[i] && DETOPS_NAMESPACE::suppresses(boxes[begin + i], box_area(boxes[begin + i]), box, area, threshold)) return true;
+        if (possible[i] &&
+            DETOPS_NAMESPACE::suppresses(boxes[begin + i], box_area(boxes[begin + i]), box, area, threshold))
+          return true;
       }
     }
     return false;

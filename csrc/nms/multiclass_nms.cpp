@@ -171,8 +171,8 @@ Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_
   check_shape(op, "scores", scores, "[B, N, C]", {-1, -1, -1});
   const int64_t images = scores.size(0), rows = scores.size(1), classes = scores.size(2);
   const bool box_per_class = boxes.dim() == 4;
-  const std::string sizes = " with B = " + std::to_string(images) + ", N = " + std::to_string(rows) +
-                            ", C = " + std::to_string(classes);
+  const std::string sizes =
+      " with B = " + std::to_string(images) + ", N = " + std::to_string(rows) + ", C = " + std::to_string(classes);
   if (box_per_class) {
     check_shape(op, "boxes", boxes, "[B, N, C, 4]" + sizes, {images, rows, classes, 4});
   } else {

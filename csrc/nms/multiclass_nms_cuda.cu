@@ -103,14 +103,14 @@ __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout
                                                bool class_agnostic, IouThreshold<ComputeType<S>> threshold,
                                                Kept<ComputeType<S>> all_kept, int64_t* counts) {
   using T = ComputeType<S>;
-  DETOPS_DYNAMIC_SHARED(Key, chunk);                                            // [kChunk], sorted
-  Box<T>* const chunk_boxes = reinterpret_cast<Box<T>*>(chunk + kChunk);        // [kChunk]
-  int* const chunk_labels = reinterpret_cast<int*>(chunk_boxes + kChunk);       // [kChunk]
+  DETOPS_DYNAMIC_SHARED(Key, chunk);                                       // [kChunk], sorted
+  Box<T>* const chunk_boxes = reinterpret_cast<Box<T>*>(chunk + kChunk);   // [kChunk]
+  int* const chunk_labels = reinterpret_cast<int*>(chunk_boxes + kChunk);  // [kChunk]
   DETOPS_SHARED(int, histogram, kDigits);
   DETOPS_SHARED(int, chunk_count, 1);
   DETOPS_SHARED(int, kept_count, 1);
   DETOPS_SHARED(unsigned, suppressed, kThreads / kWarpSize);  // by warp: which of its 32 candidates are suppressed
-  DETOPS_SHARED(uint64_t, suppressors, kTile);                // by candidate: which earlier ones of the tile suppress it
+  DETOPS_SHARED(uint64_t, suppressors, kTile);  // by candidate: which earlier ones of the tile suppress it
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int candidate = threadIdx.x % kTile, group = threadIdx.x / kTile;
   const int64_t image = blockIdx.x;
@@ -165,7 +165,8 @@ __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout
         }
         for (int i = 0; i < kTile / kGroups; ++i) {
           const int earlier = group * (kTile / kGroups) + i;
-          if (earlier < candidate && hits(chunk_boxes[tile + earlier], chunk_labels[tile + earlier], box, area, label)) {
+          if (earlier < candidate &&
+              hits(chunk_boxes[tile + earlier], chunk_labels[tile + earlier], box, area, label)) {
             own_suppressors |= 1u << i;
           }
         }

@@ -198,8 +198,8 @@ Tensor nms_cpu(const char* op, const Tensor& boxes, const Tensor& scores, const 
   const int64_t count = boxes.size(0);
   if (count == 0) return allocate(op, {0}, ScalarType::Long, boxes);
   const auto order = rank_order(scores);
-  const Segments segments = idxs ? group_by_id(idxs->const_data_ptr<int64_t>(), order.get(), count)
-                                 : Segments{nullptr, {0, count}};
+  const Segments segments =
+      idxs ? group_by_id(idxs->const_data_ptr<int64_t>(), order.get(), count) : Segments{nullptr, {0, count}};
   const std::unique_ptr<uint8_t[]> keep(new uint8_t[count]);
   dispatch_floating(boxes.scalar_type(), [&](auto tag) {
     using Source = typename decltype(tag)::type;

@@ -9,7 +9,8 @@
 //   batched_nms    boxes [N, 4], scores [N], idxs [N]        -> indices [K], best first over all ids
 //   nms_rotated    boxes [N, 5], scores [N], idxs [N] or none -> indices [K], best first over all ids
 //   multiclass_nms boxes [B, N, 4] or [B, N, C, 4],
-//                  scores [B, N, C]                          -> boxes [B, K, 4], scores, labels, indices [B, K], counts [B]
+//                  scores [B, N, C]                          -> boxes [B, K, 4], scores, labels, indices [B, K], counts
+//                  [B]
 #pragma once
 
 #include <cmath>
@@ -98,9 +99,9 @@ struct PairLayout {
 // The order in which the scores of an image lie in memory: `outer` runs of `inner` scores.
 struct ScanOrder {
   int64_t outer, inner;
-  int64_t outer_step, inner_step;    // element offsets
+  int64_t outer_step, inner_step;     // element offsets
   uint32_t outer_pairs, inner_pairs;  // steps of the pair number
-  bool dense;                        // the runs adjoin: score i of the image lies at i * inner_step
+  bool dense;                         // the runs adjoin: score i of the image lies at i * inner_step
 
   explicit ScanOrder(const PairLayout& layout) {
     const bool along_classes = std::abs(layout.score_class) <= std::abs(layout.score_row) || layout.rows == 1;

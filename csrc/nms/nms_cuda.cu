@@ -19,26 +19,26 @@ namespace DETOPS_NAMESPACE {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kMostWords = 32;                    // words of a window's mask
-constexpr int64_t kSmall = kMostWords * kTile;    // up to here one window holds all boxes
-constexpr int kGroupedWindow = 8 * kTile;         // window of batched_nms: 64 bytes of masks per box
-constexpr int kOwned = 128;                       // a block resolves the segments that begin in so many positions
-constexpr int kSlices = 4;                        // threads that share a box in propagate
+constexpr int kMostWords = 32;                  // words of a window's mask
+constexpr int64_t kSmall = kMostWords * kTile;  // up to here one window holds all boxes
+constexpr int kGroupedWindow = 8 * kTile;       // window of batched_nms: 64 bytes of masks per box
+constexpr int kOwned = 128;                     // a block resolves the segments that begin in so many positions
+constexpr int kSlices = 4;                      // threads that share a box in propagate
 
 // The boxes (Box or RotatedBox) in rank order, grouped by id, and what is known about them. Positions count through
 // this order.
 template <class B>
 struct Sorted {
   int count;
-  int window;            // boxes per window
-  const B* boxes;        // [count]
-  const int64_t* ids;    // [count] where ids are to be compared, else null
-  const int* begins;     // [count] the first position of a box's segment; null: all are one segment
-  const int* ends;       // [count] its end
-  uint8_t* dead;         // [count] set where a box is known to be suppressed
-  uint64_t* suppressors; // [rows, window / 64]
-  B* kept_boxes;         // [count] from each window's first position on: the boxes that it kept
-  int* kept_counts;      // [count] at each window's first position: how many these are
+  int window;             // boxes per window
+  const B* boxes;         // [count]
+  const int64_t* ids;     // [count] where ids are to be compared, else null
+  const int* begins;      // [count] the first position of a box's segment; null: all are one segment
+  const int* ends;        // [count] its end
+  uint8_t* dead;          // [count] set where a box is known to be suppressed
+  uint64_t* suppressors;  // [rows, window / 64]
+  B* kept_boxes;          // [count] from each window's first position on: the boxes that it kept
+  int* kept_counts;       // [count] at each window's first position: how many these are
 
   __device__ int begin(int position) const { return begins ? begins[position] : 0; }
   __device__ int end(int position) const { return ends ? ends[position] : count; }
@@ -54,7 +54,7 @@ struct Result {
   const int64_t* ranks;  // [count] position -> rank; null: the same
   int64_t* indices;      // [count]
   int64_t* indices_count;
-  bool* keep;            // [count] by rank
+  bool* keep;  // [count] by rank
 };
 
 // order[rank] = index, by counting for each score those that rank before it. One thread per score.
@@ -147,8 +147,8 @@ __global__ void nms_resolve_kernel(Sorted<B> sorted, int first, Result result) {
 
   if (threadIdx.x < kOwned) {
     const int position = blockIdx.x * kOwned + threadIdx.x;
-    const bool starts_here = position < sorted.count && sorted.begin(position) == position &&
-                             position + first < sorted.end(position);
+    const bool starts_here =
+        position < sorted.count && sorted.begin(position) == position && position + first < sorted.end(position);
     const unsigned vote = __ballot_sync(kFullWarp, starts_here);
     if (lane == 0) starts[warp] = vote;
   }

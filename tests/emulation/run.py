@@ -21,7 +21,8 @@ from pathlib import Path
 from build import CSRC, FLAGS, ROOT, build
 
 TESTS = ROOT / "tests"
-PRELOADED = {"address": "libasan.so", "thread": "libtsan.so"}  # must come before Python's own libraries
+# Must be loaded before Python's own libraries; AddressSanitizer looks for the C++ runtime when it starts, for exceptions.
+PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
 
 
 def families(csrc: Path = CSRC) -> list[str]:
@@ -79,7 +80,7 @@ def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[s
     if options.sanitize == "thread":
         every["DETOPS_TEST_SMALL"] = "1"
     if options.sanitize in PRELOADED:
-        every["LD_PRELOAD"] = compiler_file(PRELOADED[options.sanitize])
+        every["LD_PRELOAD"] = " ".join(map(compiler_file, PRELOADED[options.sanitize]))
     return every
 
 
