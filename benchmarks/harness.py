@@ -21,7 +21,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 ROUNDS = 5
 MAX_COPIES = 4096  # of the inputs, see Rotation
-PATIENCE = 10.0  # seconds; what takes longer is run once
+PATIENCE = 10  # time budgets; what takes longer is run once
 
 
 def same(ours: Any, theirs: Any) -> bool:
@@ -141,15 +141,19 @@ def time_in_turn(
 ) -> dict[str, Timing]:
     """Time all functions in turn, round after round, so that a disturbance of the machine meets all of them.
 
-    Each gets about `budget` seconds: many short calls or few long ones, at least three. What took more than PATIENCE
-    in its `first_call` keeps that one measurement.
+    Each gets about `budget` seconds: many short calls or few long ones, at least three. What took PATIENCE budgets in
+    its `first_call` keeps that one measurement.
     """
-    samples = {name: [seconds] if seconds > PATIENCE else [] for name, seconds in first_call.items()}
-    warm = {name: time_calls(functions[name], rotation, 1)[0] for name in functions if not samples[name]}
+    samples = {name: [seconds] if seconds > PATIENCE * budget else [] for name, seconds in first_call.items()}
+    cost = {  # of a short call, asked again: the first one may have had more to do
+        name: time_calls(functions[name], rotation, 1)[0] if seconds < budget else seconds
+        for name, seconds in first_call.items()
+        if not samples[name]
+    }
     for turn in range(ROUNDS):
-        for name, seconds in warm.items():
+        for name, seconds in cost.items():
             if turn < 3 or sum(samples[name]) < budget:
-                count = min(max(1, int(budget / ROUNDS / seconds)), 1000)
+                count = min(max(1, int(budget / ROUNDS / max(seconds, 1e-6))), 1000)
                 samples[name] += time_calls(functions[name], rotation, count)
     return {name: Timing.of(seconds) for name, seconds in samples.items()}
 

@@ -8,7 +8,15 @@ its main function share a name, as `nms`, the name in this package is the functi
 """
 
 from . import _library  # first: it loads the compiled library or says why it cannot
-from .boxes import GroundTruth, pad_ground_truth
+from .boxes import (
+    GroundTruth,
+    box_area,
+    box_convert,
+    clip_boxes_to_image,
+    masks_to_boxes,
+    pad_ground_truth,
+    remove_small_boxes,
+)
 from .iou import (
     box_ioa,
     box_iou,
@@ -26,15 +34,20 @@ __all__ = [
     "Detections",
     "GroundTruth",
     "batched_nms",
+    "box_area",
+    "box_convert",
     "box_ioa",
     "box_iou",
+    "clip_boxes_to_image",
     "complete_box_iou",
     "distance_box_iou",
     "efficient_box_iou",
     "generalized_box_iou",
+    "masks_to_boxes",
     "max_iou",
     "multiclass_nms",
     "nms",
     "nms_rotated",
     "pad_ground_truth",
+    "remove_small_boxes",
 ]

@@ -240,9 +240,7 @@ def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: floa
 
 def _compare_rotated(boxes1: Tensor, boxes2: Tensor, fmt: str, aligned: bool) -> Tensor:
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
-        raise RuntimeError(
-            "box_iou: boxes must not require a gradient where fmt is rotated, got some that do: detach them"
-        )
+        raise RuntimeError("box_iou: rotated boxes must not require a gradient, got some that do: detach them")
     boxes1, boxes2 = _share_dtype(boxes1, boxes2)
     if fmt != "cxcywhr":
         boxes1, boxes2 = _boxes.box_convert(boxes1, fmt, "cxcywhr"), _boxes.box_convert(boxes2, fmt, "cxcywhr")

@@ -40,7 +40,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
     Raises:
         ValueError: `iou_threshold` is negative or NaN.
-        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147483647 rows.
+        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147418112 rows.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [1., 0., 10., 10.], [20., 0., 30., 10.]])
@@ -71,7 +71,7 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
 
     Raises:
         ValueError: `iou_threshold` is negative or NaN.
-        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147483647 rows.
+        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147418112 rows.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [1., 0., 10., 10.], [1., 0., 10., 10.]])
@@ -105,7 +105,7 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tenso
 
     Raises:
         ValueError: `iou_threshold` is negative or NaN.
-        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147483647 rows.
+        RuntimeError: a tensor has a wrong shape, dtype or device, or more than 2147418112 rows.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 4., 2., 0.], [0., 0., 2., 4., 90.], [0., 0., 4., 2., 90.]])
@@ -170,7 +170,7 @@ def multiclass_nms(
 
     Raises:
         ValueError: a threshold is NaN, `iou_threshold` is negative, or a maximum is negative.
-        RuntimeError: a tensor has a wrong shape, dtype or device, or N * C is over 2147483647.
+        RuntimeError: a tensor has a wrong shape, dtype or device, or N * C is over 2147418112.
 
     Example:
         >>> boxes = torch.tensor([[[0., 0., 10., 10.], [1., 0., 10., 10.]]])

@@ -3,7 +3,7 @@
 DETOPS_TEST_DEVICES=cpu,emulated     only these devices; tests that name no device belong to "cpu"
 DETOPS_EMULATION=0                   never the emulated CUDA kernels
 DETOPS_EMULATED_LIBRARY=path         a ready-built emulated library, instead of building one
-DETOPS_EMULATED_LIMIT=n              no more than n boxes or so under emulation, for the slower sanitizers
+DETOPS_TEST_SMALL=1                  fewer boxes under emulation, for the slower sanitizers
 """
 
 import functools
@@ -44,7 +44,9 @@ class Device(NamedTuple):
 
     def limit(self, n, emulated=2500):
         """n, or less under emulation, which is about a thousand times slower than a GPU, and its sanitizers more so."""
-        return min(n, emulated, int(os.environ.get("DETOPS_EMULATED_LIMIT", n))) if self.name == "emulated" else n
+        if self.name != "emulated":
+            return n
+        return min(n, emulated, 200) if os.environ.get("DETOPS_TEST_SMALL") == "1" else min(n, emulated)
 
 
 def _short(dtype):

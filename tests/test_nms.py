@@ -135,6 +135,15 @@ def test_many_boxes(device, kind, n, iou_threshold):
     check(device.put(KINDS[kind](n, seed=1)), device.put(scores), iou_threshold)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_little_more_than_one_window(device, kind):
+    # Never made smaller: the CUDA kernels' windows hold 2048 boxes, 512 of a class, and the next one is another path.
+    n = 2100
+    boxes, scores = device.put(KINDS[kind](n)), device.put(inputs.tied_scores(n, levels=700))
+    check(boxes, scores, 0.5)
+    check(boxes, scores, 0.7, device.put(np.where(np.arange(n) % 3 == 0, inputs.class_ids(n, 50), 7)))
+
+
 # A kept failure: areas so small that float32 rounds them coarsely raise a computed IoU far above the exact one, so
 # that bounds which hold for exact IoUs do not hold for it.
 @pytest.mark.parametrize("iou_threshold", [0.3, 0.5, 0.7, 0.9, 0.99])

@@ -105,10 +105,13 @@ inline void check_same_device(const char* op, const char* argument, const Tensor
                device_text(tensor));
 }
 
-// Row numbers are kept in 32 bits inside the kernels.
+// Row numbers are 32 bits inside the kernels, with room to step past the last one.
+constexpr int64_t kMostRows = INT32_MAX - 0xffff;
+
 inline void check_row_count(const char* op, const char* argument, int64_t rows) {
-  if (rows <= INT32_MAX) return;
-  fail(op, std::string(argument) + " must have at most 2147483647 rows, got " + std::to_string(rows));
+  if (rows <= kMostRows) return;
+  fail(op, std::string(argument) + " must have at most " + std::to_string(kMostRows) + " rows, got " +
+               std::to_string(rows));
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -73,7 +73,8 @@ DETOPS_HD double exp_of_sum(double x, double tail) {
   const double cubic = polynomial(r.high, 0.16666666666666433, 0.041666666666604034, 0.008333333333499908,
                                   0.0013888888926769838, 0.00019841269466238284, 2.4801508711240303e-05,
                                   2.7557641009513867e-06, 2.762517691929736e-07, 2.497829964899505e-08);
-  const double value = 1.0 + (r.high + (r.low + r.high * r.high * (0.5 + r.high * cubic)));
+  const Pair start = exact_sum(1.0, r.high);
+  const double value = start.high + (start.low + (r.low + r.high * r.high * (0.5 + r.high * cubic)));
   // 2^k may be no double. Its two halves are, and only the second product may round.
   const uint64_t exponents = bit_cast<uint64_t>(shifted) - bit_cast<uint64_t>(rounder) + 2 * 1023;
   const uint64_t half = exponents >> 1;
@@ -137,6 +138,14 @@ DETOPS_HD double log1p_of_unit(double u) {
   return log_of({large ? 1.0 : 0.0, large ? 0.5 * (u - 1.0) : u});
 }
 
+// The power x^y, given its value where 0 < x < infinity and y is finite.
+DETOPS_HD double with_edges_of_pow(double value, double x, double y) {
+  const double edge = (x > 1.0) == (y > 0.0) ? infinity : 0.0;
+  const double powered = (x == 0.0) | (x == infinity) ? edge : value;
+  const double defined = (x >= 0.0) & (y == y) ? powered : not_a_number;
+  return (y == 0.0) | (x == 1.0) ? 1.0 : defined;
+}
+
 }  // namespace detail
 
 // e^x; 0 and infinity where it leaves the range of doubles. Error <= EXP_ULP ulp.
@@ -149,10 +158,10 @@ DETOPS_HD double log(double x) {
   return x > 0.0 ? (x < detail::infinity ? value : x) : at_most_zero;
 }
 
-// x^y = exp(y log(x)), log in a Pair, for x >= 0; -0 counts as 0. As in C, pow(x, 0) = pow(1, y) = 1 even for NaN, and
+// x^y = exp(y log(x)) for x >= 0, log in a Pair; -0 counts as 0. As in C, pow(x, 0) = pow(1, y) = 1 even for NaN, and
 // pow(0, y < 0) is infinity. NaN for x < 0 and y != 0. Error <= POW_ULP ulp.
 DETOPS_HD double pow(double x, double y) {
-  const double farthest = 18446744073709551616.0;  // 2^64: only 1 has a power with it that is not 0 or infinity
+  const double farthest = 18446744073709551616.0;  // 2^64: with it, all powers but that of 1 are 0 or infinity
   const double power = max_of(-farthest, min_of(farthest, y));
   const double power1 = detail::leading_half(power);
   const detail::Pair log = detail::precise_log_of(detail::split(x));
@@ -160,12 +169,7 @@ DETOPS_HD double pow(double x, double y) {
   const double log2 = (log.high - log1) + log.low;
   const detail::Pair product = detail::exact_sum(power1 * log1, (power - power1) * log1 + power * log2);
   const bool in_range = (product.high > -800.0) & (product.high < 800.0);
-  const double value = detail::exp_of_sum(product.high, in_range ? product.low : 0.0);
-  const bool at_edge = (x == 0.0) | (x == detail::infinity);
-  const double edge = (x > 1.0) == (y > 0.0) ? detail::infinity : 0.0;
-  const double defined = at_edge ? edge : value;
-  const double result = (x >= 0.0) & (y == y) ? defined : detail::not_a_number;
-  return (y == 0.0) | (x == 1.0) ? 1.0 : result;
+  return detail::with_edges_of_pow(detail::exp_of_sum(product.high, in_range ? product.low : 0.0), x, y);
 }
 
 // The arc tangent in radians: atan(x) = q pi/4 + atan(t) with t = x, (x - 1)/(x + 1) or -1/x for x up to 1/2, 2,
@@ -207,7 +211,9 @@ DETOPS_HD SinCos<double> sincos_degrees(double x) {
   const double cos_series = detail::polynomial(z, -0.0001523087098933543, 3.866323851562977e-09,
                                                -3.9258319857360356e-14, 2.1354943021677387e-19, -7.227873620282702e-25,
                                                1.6678905890606384e-30, -2.7634523925154696e-36);
-  const double sine = r * 0.017453292519943295 + r * (2.9486522708701687e-19 + z * sin_series);  // pi/180
+  const double r1 = detail::leading_half(r);
+  const double degree1 = 0.01745329238474369, degree2 = 1.3519960527851425e-10;  // pi/180, the first with 26 bits
+  const double sine = r1 * degree1 + ((r - r1) * degree1 + r * (degree2 + z * sin_series));
   const double cosine = 1.0 + z * cos_series;
   // 0 - x rather than -x, which would make -0 of 0.
   const uint64_t quadrant = bit_cast<uint64_t>(shifted);
@@ -219,10 +225,14 @@ DETOPS_HD SinCos<double> sincos_degrees(double x) {
           finite ? (((quadrant + 1) & 2) != 0 ? 0.0 - cos : cos) : detail::not_a_number};
 }
 
-// 1 / (1 + exp(-x)), without overflow. Error <= SIGMOID_ULP ulp.
+// 1 / (1 + exp(-x)), as e / (1 + e) or 1 / (1 + e) with e = exp(-|x|). Error <= SIGMOID_ULP ulp.
 DETOPS_HD double sigmoid(double x) {
+  const bool negative = x < 0.0;
   const double e = exp(-detail::magnitude(x));
-  return (x < 0.0 ? e : 1.0) / (1.0 + e);
+  const detail::Pair sum = detail::exact_sum(1.0, e);
+  const double quotient = (negative ? e : 1.0) / sum.high;
+  const double reciprocal = negative ? 1.0 - quotient : quotient;  // 1 / (1 + e), for what the sum has lost
+  return quotient - quotient * reciprocal * sum.low;
 }
 
 // log(1 + exp(x)) = max(x, 0) + log(1 + exp(-|x|)), stable everywhere. Error <= SOFTPLUS_ULP ulp.

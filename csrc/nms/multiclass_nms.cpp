@@ -181,7 +181,9 @@ Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_
   check_floating(op, "boxes", boxes);
   check_floating(op, "scores", scores);
   check_same_device(op, "scores", scores, "boxes", boxes);
-  check_row_count(op, "scores", rows * classes);
+  if (rows * classes > kMostRows) {
+    fail(op, "scores must have at most " + std::to_string(kMostRows) + " values per image, got " + shape_text(scores));
+  }
   const PairLayout layout{images,
                           rows,
                           classes,

@@ -69,15 +69,15 @@ def build(sanitize: str = "none", csrc: Path = CSRC) -> Path:
     return link_objects("libdetops_emulated", sources, sanitize, flags, ["-shared", *link], salt, ".so")
 
 
-def build_program(source: Path, sanitize: str = "none") -> Path:
-    """A program of a source that needs no torch: the self tests."""
-    return link_objects(source.stem, [source], sanitize, [], [], [], "")
+def build_program(source: Path, sanitize: str = "none", flags: list[str] = (), suffix: str = "") -> Path:
+    """A program of a source that needs no torch, with flags for all its parts: the self tests."""
+    return link_objects(source.stem, [source], sanitize, flags, ["-shared"] if suffix else [], [], suffix, flags)
 
 
-def link_objects(name, sources, sanitize, compile_flags, link_flags, salt, suffix) -> Path:
+def link_objects(name, sources, sanitize, compile_flags, link_flags, salt, suffix, runtime_flags=()) -> Path:
     flags = FLAGS[sanitize]
     checked = [*STANDARD, *CHECKED_ALWAYS, *flags["checked"], f"-I{EMULATION}", *compile_flags]
-    runtime = [*STANDARD, *RUNTIME_ALWAYS, *flags["runtime"]]
+    runtime = [*STANDARD, *RUNTIME_ALWAYS, *flags["runtime"], *runtime_flags]
     hidden = ["-fvisibility=hidden"]
     salt = [*salt, *text_of_headers(EMULATION)]
     with ThreadPoolExecutor(2) as pool:

@@ -58,5 +58,7 @@ DETOPS_ACCESS(16)
 void __asan_loadN_noabort(const void* address, size_t size) { cuda_on_cpu::check_initialised(address, size); }
 void __asan_storeN_noabort(const void* address, size_t size) { cuda_on_cpu::mark_written(address, size); }
 void __asan_handle_no_return() {}
+void __asan_before_dynamic_init(const char*) {}
+void __asan_after_dynamic_init() {}
 }
 #endif

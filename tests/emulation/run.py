@@ -1,8 +1,9 @@
 """Run the CUDA sources on the CPU: build them, and run the families' tests on the device "emulated".
 
     python tests/emulation/run.py                              every family, no sanitizer
-    python tests/emulation/run.py --sanitize address nms       one family, with out-of-bounds accesses reported
+    python tests/emulation/run.py --sanitize address nms       one family; out-of-bounds accesses, undefined behaviour
     python tests/emulation/run.py --sanitize thread --seed 7   races, with small inputs and a shuffled schedule
+    python tests/emulation/run.py --sanitize init              reads of shared memory that nothing has written
 
 Ends with a status other than 0 if a test fails, something is reported, or a kernel of these families was not run. Needs
 g++, torch and an importable detops; without pytest, smoke.py runs instead of the tests.
@@ -73,7 +74,7 @@ def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[s
             ]
         ),
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "TSAN_OPTIONS": "exitcode=66:history_size=2",
+        "TSAN_OPTIONS": f"exitcode=66:halt_on_error={int(options.first)}",
     }
     if (ROOT / "detops" / "_C.abi3.so").exists():
         every["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
@@ -89,13 +90,14 @@ def compiler_file(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def tests_command(names: list[str], pytest_options: list[str]) -> list[str]:
+def tests_command(names: list[str], options: argparse.Namespace) -> list[str]:
     if importlib.util.find_spec("pytest") is None:
         print("no pytest here: running the smoke test in its place", flush=True)
         return [sys.executable, str(Path(__file__).with_name("smoke.py")), *names]
     files = sorted({file for name in names for file in test_files(name)})
+    chosen = [*(["-k", options.pytest_k] if options.pytest_k else []), *(["-x"] if options.first else [])]
     # Not captured at the level of file descriptors: what a sanitizer writes before it ends the process must be seen.
-    return [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *pytest_options, *files]
+    return [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *chosen, *files]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -107,6 +109,7 @@ def parse_arguments() -> argparse.Namespace:
         "--poison", type=lambda text: int(text, 0), default=0xFF, help="the byte that fills unwritten memory"
     )
     parser.add_argument("--csrc", type=Path, default=CSRC, help="another copy of the sources")
+    parser.add_argument("--first", action="store_true", help="stop at the first finding")
     parser.add_argument("-k", dest="pytest_k", help="only these tests, as pytest's -k; kernels may then be left out")
     options = parser.parse_args()
     if unknown := set(options.families) - set(families()):
@@ -122,8 +125,7 @@ def main() -> int:
     built = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "kernels"
-        command = tests_command(names, ["-k", options.pytest_k] if options.pytest_k else [])
-        status = subprocess.run(command, env=environment(library, log, options), cwd=TESTS).returncode
+        status = subprocess.run(tests_command(names, options), env=environment(library, log, options), cwd=TESTS).returncode
         missing = kernels_not_run(names, log, options.csrc)
         ran = len(log.read_text().split()) if log.exists() else 0
     print(f"emulation: sanitize={options.sanitize} seed={options.seed}, {ran} kernels run, ", end="")

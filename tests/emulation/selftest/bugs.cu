@@ -1,5 +1,5 @@
-// Planted faults, chosen by name. test_emulation.py says for each how it must be found. The same names with "fine-" in
-// front run the kernel without its fault, which must pass.
+// Planted faults, chosen by name: test_emulation.py says for each how it must be found. "fine" runs all these kernels
+// without their faults, which must pass everywhere.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -176,6 +176,12 @@ __global__ void barrier_and_warp_kernel(int* out) {
 }
 
 template <bool kBug>
+__global__ void deadlock_kernel(int* out) {
+  if (!kBug || threadIdx.x % 32 < 16) out[threadIdx.x] = __any_sync(kFull, 1);
+  __syncthreads();
+}
+
+template <bool kBug>
 __global__ void mismatched_collectives_kernel(int* out) {
   if (kBug && threadIdx.x % 32 == 3) {
     out[threadIdx.x] = __any_sync(kFull, 1);
@@ -186,7 +192,7 @@ __global__ void mismatched_collectives_kernel(int* out) {
 
 template <bool kBug>
 __global__ void different_masks_kernel(int* out) {
-  const unsigned mask = kBug && threadIdx.x % 32 < 16 ? 0x0000ffffu : kFull;
+  const unsigned mask = kBug && threadIdx.x % 32 < 16 ? 0x0001ffffu : kFull;
   out[threadIdx.x] = __any_sync(mask, 1);
 }
 
@@ -219,8 +225,10 @@ __global__ void static_shared_limit_kernel(int* out) {
   out[threadIdx.x] = cells[threadIdx.x];
 }
 
+// One fault by name, or all kernels without their faults.
 template <bool kBug>
 void run(const std::string& name) {
+  const auto chosen = [&](const char* bug) { return !kBug || name == bug; };
   // Exactly as long as they must be, and each in an allocation of its own.
   std::vector<int> values(kThreads - 1, 1), out(kThreads, 0);
   float sum = 0;
@@ -229,7 +237,7 @@ void run(const std::string& name) {
   memset(aligned, 0, 5 * sizeof(int));
 
 #define RUN(bug, grid, block, shared_bytes, ...) \
-  if (name == #bug) DETOPS_LAUNCH((bug##_kernel<kBug>), grid, block, shared_bytes, nullptr, __VA_ARGS__)
+  if (chosen(#bug)) DETOPS_LAUNCH((bug##_kernel<kBug>), grid, block, shared_bytes, nullptr, __VA_ARGS__)
 #define RUN_ONE_BLOCK(bug) RUN(bug, 1, kThreads, 0, out.data())
   RUN_ONE_BLOCK(missing_syncthreads);
   RUN_ONE_BLOCK(missing_second_syncthreads);
@@ -245,6 +253,7 @@ void run(const std::string& name) {
   RUN_ONE_BLOCK(two_barriers);
   RUN_ONE_BLOCK(exit_before_barrier);
   RUN_ONE_BLOCK(barrier_and_warp);
+  RUN_ONE_BLOCK(deadlock);
   RUN_ONE_BLOCK(mismatched_collectives);
   RUN_ONE_BLOCK(different_masks);
   RUN_ONE_BLOCK(absent_lane);
@@ -256,10 +265,10 @@ void run(const std::string& name) {
   RUN(read_past_the_end, 1, kThreads, 0, values.data(), kThreads - 1, out.data());
   RUN(misaligned, 1, 1, 0, static_cast<int*>(aligned), out.data());
   RUN(float_atomics, 1, kThreads, 0, &sum);
-  if (name == "large_block") DETOPS_LAUNCH(nothing_kernel, 1, kBug ? 1025 : 1024, 0, nullptr);
-  if (name == "empty_grid") DETOPS_LAUNCH(nothing_kernel, kBug ? 0 : 1, 32, 0, nullptr);
-  if (name == "dynamic_shared_limit") DETOPS_LAUNCH(nothing_kernel, 1, 32, 48 * 1024 + (kBug ? 1 : 0), nullptr);
-  if (name == "late_copy") {
+  if (chosen("large_block")) DETOPS_LAUNCH(nothing_kernel, 1, kBug ? 1025 : 1024, 0, nullptr);
+  if (chosen("empty_grid")) DETOPS_LAUNCH(nothing_kernel, kBug ? 0 : 1, 32, 0, nullptr);
+  if (chosen("dynamic_shared_limit")) DETOPS_LAUNCH(nothing_kernel, 1, 32, 48 * 1024 + (kBug ? 1 : 0), nullptr);
+  if (chosen("late_copy")) {
     cudaMemcpyAsync(out.data(), values.data(), sizeof(int), cudaMemcpyDeviceToHost, nullptr);
     if (!kBug) cudaStreamSynchronize(nullptr);
   }
@@ -271,6 +280,5 @@ void run(const std::string& name) {
 
 int main(int count, char** arguments) {
   const std::string name = count > 1 ? arguments[1] : "";
-  const bool fine = name.rfind("fine-", 0) == 0;
-  fine ? run<false>(name.substr(5)) : run<true>(name);
+  name == "fine" ? run<false>(name) : run<true>(name);
 }
