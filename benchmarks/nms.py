@@ -254,7 +254,7 @@ def multiclass_nms_case(images: int, density: str, background: float, device: st
 def cases(device: str, quick: bool) -> Iterator[Case]:
     cpu = device == "cpu"
     sizes = [100, 1_000, 10_000] if quick else [100, 1_000, 10_000, 30_000, 100_000]
-    eager_up_to = 1_000 if quick else 10_000
+    eager_up_to = 100 if quick else 10_000
     asked = {
         "cpu": {1_000: ">= 10x torchvision", 10_000: ">= 60x torchvision", 30_000: ">= 100x torchvision"},
         "cuda": {1_000: ">= 5x torchvision", 10_000: ">= 10x torchvision", 100_000: ">= 10x torchvision, < 64 MB"},

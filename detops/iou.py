@@ -310,4 +310,13 @@ def _backward(ctx, grad: Tensor):
     return *_library.ops.box_iou_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
 
 
+def _second_derivative(ctx, *grads):
+    raise RuntimeError("box_iou: there is no second derivative")
+
+
+def _save_nothing(ctx, inputs, output) -> None:
+    pass
+
+
 register_autograd("box_iou", _backward, _save_for_backward)
+register_autograd("box_iou_backward", _second_derivative, _save_nothing)

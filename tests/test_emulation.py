@@ -47,8 +47,7 @@ ABORTS = {
     "two_barriers": r"divergent barrier: .* reaches __syncthreads at .*bugs.cu:\d+, but 32 threads wait in",
     "exit_before_barrier": r"thread \(40, 0, 0\): divergent barrier: .* ends while 40 threads wait in __syncthreads",
     "barrier_and_warp": r"divergent barrier: .* ends while 1 threads wait in __syncthreads",
-    "deadlock": r"block \(0, 0, 0\): deadlock\n  32 of 64 threads wait in __syncthreads .*\n.* lanes 0x0000ffff wait in "
-    r"__any_sync\(0xffffffff\)",
+    "deadlock": r"block .*: deadlock\n  32 of 64 threads wait in __syncthreads .*\n.* lanes 0x0000ffff wait in __any",
     "mismatched_collectives": r"lane 3 calls __any_sync at .*, but lane 0 waits in __all_sync",
     "different_masks": r"deadlock, lanes of one warp wait with different masks\n.* __any_sync\(0x0001ffff\)",
     "absent_lane": r"__shfl_sync at .* reads lane 20, which is not in mask 0x0000ffff",
@@ -56,7 +55,7 @@ ABORTS = {
     "not_in_own_mask": r"thread \(16, 0, 0\): __any_sync at .*: lane 16 is not in its own mask 0x0000ffff",
     "float_atomics": r"atomicAdd of floating-point numbers rounds .*: the result depends on the schedule",
     "static_shared_limit": r"needs 49156 bytes of shared memory, only 49152 are allowed",
-    "dynamic_shared_limit": r"kernel nothing_kernel: needs 49153 bytes of shared memory, only 49152 are allowed",
+    "dynamic_shared_limit": r"needs 49153 bytes of shared memory, only 49152 are allowed",
     "large_block": r"a block must have 1 to 1024 threads .*, got \(1025, 1, 1\)",
     "empty_grid": r"a grid must have 1 to 2147483647 .*, got \(0, 1, 1\)",
 }
@@ -67,13 +66,13 @@ RACES = (
 FOUND_BY = [
     *((bug, "none", rf"cuda_on_cpu: kernel (?:{bug}|nothing)_kernel.*{text}") for bug, text in ABORTS.items()),
     *((bug, "thread", rf"ThreadSanitizer: data race(?s:.*) {bug}_kernel<true>") for bug in RACES),
-    ("read_past_the_end", "address", r"heap-buffer-overflow(?s:.*)kernel read_past_the_end_kernel, .* thread \(63, 0, 0\)"),
+    ("read_past_the_end", "address", r"heap-buffer-overflow(?s:.*)kernel read_past_the_end_kernel, .*\(63, 0, 0\)"),
     ("shared_overrun", "address", r"use-after-poison(?s:.*)kernel shared_overrun_kernel, .* thread \(63, 0, 0\)"),
     ("dynamic_shared_overrun", "address", r"use-after-poison(?s:.*)kernel dynamic_shared_overrun_kernel"),
     ("misaligned", "undefined", r"misaligned address .* requires 16 byte alignment(?s:.*)kernel misaligned_kernel"),
     ("signed_overflow", "undefined", r"signed integer overflow(?s:.*)kernel signed_overflow_kernel"),
     ("signed_overflow", "address", r"signed integer overflow"),
-    ("uninitialised_shared", "init", r"thread \(63, 0, 0\): reads shared array 'cells' at byte 256, which nobody has wri"),
+    ("uninitialised_shared", "init", r"\(63, 0, 0\): reads shared array 'cells' at byte 256, which nobody has written"),
     ("uninitialised_counter", "init", r"reads shared array 'counter' at byte 0, which nobody has written"),
 ]
 

@@ -35,19 +35,20 @@ DETOPS_CLONES void clip_range(const S* boxes, int64_t count, ComputeType<S> widt
   }
 }
 
+// Notes for each box whether it is large enough, and returns how many are.
 template <class S>
-DETOPS_CLONES int64_t count_large(const S* boxes, int64_t count, ComputeType<S> min_size) {
-  int64_t large = 0;
-  for (int64_t i = 0; i < count; ++i) large += is_large_enough(load_box<ComputeType<S>>(boxes + 4 * i), min_size);
-  return large;
+DETOPS_CLONES int64_t flag_large(const S* boxes, int64_t count, ComputeType<S> min_size, uint8_t* large) {
+  for (int64_t i = 0; i < count; ++i) large[i] = is_large_enough(load_box<ComputeType<S>>(boxes + 4 * i), min_size);
+  int64_t total = 0;
+  for (int64_t i = 0; i < count; ++i) total += large[i];
+  return total;
 }
 
-// Writes the indices from `begin` on of so many large boxes as there are.
-template <class S>
-void write_large(const S* boxes, int64_t begin, ComputeType<S> min_size, int64_t large, int64_t* indices) {
-  for (int64_t i = begin, found = 0; found < large; ++i) {
-    indices[found] = i;  // overwritten until the box is large: cheaper than a branch
-    found += is_large_enough(load_box<ComputeType<S>>(boxes + 4 * i), min_size);
+// Writes the indices of `total` flagged boxes from `begin` on.
+void write_flagged(const uint8_t* flags, int64_t begin, int64_t total, int64_t* indices) {
+  for (int64_t i = begin, found = 0; found < total; ++i) {
+    indices[found] = i;  // overwritten until the flag is set: cheaper than a branch
+    found += flags[i];
   }
 }
 
@@ -55,11 +56,12 @@ template <class S>
 Tensor remove_small_boxes_cpu(const char* op, const Tensor& boxes, ComputeType<S> min_size) {
   const S* const data = boxes.const_data_ptr<S>();
   const int64_t count = boxes.numel() / 4, parts = ceil_div(count, kGrain);
+  const std::unique_ptr<uint8_t[]> large(new uint8_t[count]);
   std::vector<int64_t> starts(parts + 1);  // where a part writes its first index
   parallel_ranges(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
       const int64_t first = part * kGrain;
-      starts[part + 1] = count_large(data + 4 * first, min_of(kGrain, count - first), min_size);
+      starts[part + 1] = flag_large(data + 4 * first, min_of(kGrain, count - first), min_size, large.get() + first);
     }
   });
   for (int64_t part = 0; part < parts; ++part) starts[part + 1] += starts[part];
@@ -67,7 +69,7 @@ Tensor remove_small_boxes_cpu(const char* op, const Tensor& boxes, ComputeType<S
   int64_t* const indices = out.mutable_data_ptr<int64_t>();
   parallel_ranges(parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      write_large(data, part * kGrain, min_size, starts[part + 1] - starts[part], indices + starts[part]);
+      write_flagged(large.get(), part * kGrain, starts[part + 1] - starts[part], indices + starts[part]);
     }
   });
   return out;

@@ -112,9 +112,9 @@ DETOPS_HD T intersection_area(const RotatedBox<T>& a, const RotatedBox<T>& b) {
 // 0 / 0 is NaN, and so is the IoU of a box with a NaN coordinate. `meet` is what circles_meet says.
 template <class T>
 DETOPS_HD T rotated_iou(const RotatedBox<T>& a, const RotatedBox<T>& b, bool meet) {
-  const T away = (b.centre_x - a.centre_x) + (b.centre_y - a.centre_y);
-  const T intersection = meet ? intersection_area(a, b) : T(0) * away + T(0);
-  return intersection / (box_area(a) + box_area(b) - intersection);
+  const T differences = (b.centre_x - a.centre_x) + (b.centre_y - a.centre_y) + (b.angle - a.angle);
+  const T intersection = meet ? intersection_area(a, b) : T(0);
+  return intersection / (box_area(a) + box_area(b) - intersection) + T(0) * differences;
 }
 template <class T>
 DETOPS_HD T rotated_iou(const RotatedBox<T>& a, const RotatedBox<T>& b) {

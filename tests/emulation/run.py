@@ -22,7 +22,7 @@ from pathlib import Path
 from build import CSRC, FLAGS, ROOT, build
 
 TESTS = ROOT / "tests"
-# Must be loaded before Python's own libraries; AddressSanitizer looks for the C++ runtime when it starts, for exceptions.
+# To be loaded before anything else. AddressSanitizer looks for the C++ runtime's exceptions when it starts.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
 
 
@@ -125,7 +125,8 @@ def main() -> int:
     built = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "kernels"
-        status = subprocess.run(tests_command(names, options), env=environment(library, log, options), cwd=TESTS).returncode
+        command = tests_command(names, options)
+        status = subprocess.run(command, env=environment(library, log, options), cwd=TESTS).returncode
         missing = kernels_not_run(names, log, options.csrc)
         ran = len(log.read_text().split()) if log.exists() else 0
     print(f"emulation: sanitize={options.sanitize} seed={options.seed}, {ran} kernels run, ", end="")
