@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.library import get_ctx
 from torch.nn.utils.rnn import pad_sequence
 
@@ -203,8 +204,10 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 def _kernel_serves(boxes: Tensor) -> bool:
     """Eager code of floating boxes without gradient."""
+    if not boxes.is_floating_point() or torch.compiler.is_compiling():
+        return False
     wants_gradient = boxes.requires_grad and torch.is_grad_enabled()
-    return boxes.is_floating_point() and not wants_gradient and not torch.compiler.is_compiling()
+    return not wants_gradient and forward_ad.unpack_dual(boxes).tangent is None
 
 
 def _check_format(op: str, argument: str, fmt: str) -> None:

@@ -1,4 +1,4 @@
-"""Boxes: areas, formats, clipping, small boxes; lists of ground truth as one padded batch."""
+"""box_area, box_convert, clip_boxes_to_image and remove_small_boxes: equal to the loops in reference/boxes.py."""
 
 import itertools
 import shutil
@@ -9,91 +9,13 @@ import pytest
 import torch
 from inputs import to_numpy, to_torch
 from reference import boxes as reference
+from torch.autograd import forward_ad
 
 import detops
 from detops import _library
 
-
-def images(sizes, dtype=torch.float32, labels_dtype=torch.int64, device="cpu"):
-    boxes = [to_torch(inputs.uniform_boxes(n, seed), dtype, device) for seed, n in enumerate(sizes)]
-    labels = [to_torch(inputs.class_ids(n, 80, seed), labels_dtype, device) for seed, n in enumerate(sizes)]
-    return boxes, labels
-
-
-def check(boxes, labels):
-    """Equals the reference; returns the result."""
-    padded = detops.pad_ground_truth(boxes, labels)
-    assert type(padded).__name__ == "GroundTruth" and padded._fields == ("boxes", "labels", "valid")
-    assert (padded.labels.dtype, padded.valid.dtype) == (torch.int64, torch.bool)
-    if boxes:
-        assert padded.boxes.dtype == boxes[0].dtype
-        assert {field.device for field in padded} == {boxes[0].device}
-    # [0] is how an image without boxes often arrives; the definition knows [0, 4].
-    rows = [to_numpy(image.reshape(-1, 4)) for image in boxes]
-    expected = reference.pad_ground_truth(rows, [to_numpy(image) for image in labels])
-    for name, got, wanted in zip(padded._fields, padded, expected, strict=True):
-        assert got.is_contiguous(), name
-        np.testing.assert_array_equal(to_numpy(got), wanted, err_msg=name)
-    return padded
-
-
-# "cuda" needs no kernel of ours here, and "emulated" would repeat "cpu".
-@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
-@pytest.mark.parametrize(
-    "sizes", [(3,), (1, 1), (2, 0, 5), (0, 4), (4, 0), (0,), (0, 0, 0), (33, 64), (7,) * 16], ids=str
-)
-def test_sizes(device, sizes):
-    padded = check(*images(sizes, device=device.torch))
-    assert padded.boxes.shape == (len(sizes), max(sizes), 4)
-    assert padded.valid.sum(1).tolist() == list(sizes)
-
-
-def test_dtypes(boxes_dtype):
-    for labels_dtype in (torch.int64, torch.int32, torch.uint8):
-        check(*images((3, 0, 5), boxes_dtype, labels_dtype))
-
-
-def test_no_images():
-    padded = check([], [])
-    assert padded.boxes.shape == (0, 0, 4) and padded.labels.shape == (0, 0) and padded.valid.shape == (0, 0)
-
-
-def test_an_image_without_boxes_may_come_as_an_empty_vector():
-    boxes, labels = images((0, 3, 0))
-    boxes[0] = torch.zeros(0)
-    check(boxes, labels)
-    check(boxes[:1], labels[:1])
-
-
-def test_rows_are_copied_as_they_are():
-    boxes = to_torch(inputs.edge_boxes("everything"))
-    padded = check([boxes, boxes[:3]], [torch.arange(len(boxes)), torch.arange(3)])
-    before = boxes.clone()
-    padded.boxes.zero_()
-    assert torch.equal(boxes.isnan(), before.isnan()) and torch.equal(boxes.nan_to_num(), before.nan_to_num())
-
-
-def test_non_contiguous_rows():
-    boxes, labels = images((6, 9))
-    check([image[::2] for image in boxes], [image[::2] for image in labels])
-    check([image.t().contiguous().t() for image in boxes], labels)
-
-
-def test_bad_input():
-    boxes, labels = images((3, 2))
-    with pytest.raises(ValueError, match="^pad_ground_truth: labels must .*, got 1"):
-        detops.pad_ground_truth(boxes, labels[:1])
-    with pytest.raises(ValueError, match="^pad_ground_truth: labels.*, got "):
-        detops.pad_ground_truth(boxes, [labels[0], labels[1][:1]])
-    with pytest.raises((ValueError, RuntimeError), match=r"^pad_ground_truth: boxes.*, got \[3, 5\]"):
-        detops.pad_ground_truth([torch.zeros(3, 5), boxes[1]], labels)
-
-
-# Areas, formats, clipping and small boxes.
-
 UNROTATED = ("xyxy", "xywh", "cxcywh")
 ROTATED = ("xywhr", "cxcywhr", "xyxyxyxy")
-WIDTH = {"xywhr": 5, "cxcywhr": 5, "xyxyxyxy": 8}
 CONVERSIONS = [pair for formats in (UNROTATED, ROTATED) for pair in itertools.product(formats, formats)]
 SIZES = (0, 1, 31, 32, 33, 257, 1000)
 
@@ -247,6 +169,15 @@ def test_gradients_of_clipping():
     assert border.grad.tolist() == [[1, 0, 1, 0]]
 
 
+def test_forward_derivatives():
+    boxes, tangent = to_torch(boxes_in("xyxy", 5)), torch.tensor([0.0, 0, 1, 0]).expand(5, 4).contiguous()
+    heights = boxes[:, 3] - boxes[:, 1]
+    assert torch.equal(torch.func.jvp(detops.box_area, (boxes,), (tangent,))[1], heights)
+    with forward_ad.dual_level():
+        area = detops.box_area(forward_ad.make_dual(boxes, tangent))
+        assert torch.equal(forward_ad.unpack_dual(area).tangent, heights)
+
+
 # Integers.
 
 
@@ -369,9 +300,9 @@ def test_the_values_and_gradients_of_torchvision(dtype, gradient):
     if gradient and not dtype.is_floating_point:
         pytest.skip("integers have no gradient")
 
-    def same(ours, theirs, boxes):
+    def check_same(name, boxes, *arguments):
         leaves = [boxes.clone().requires_grad_(gradient) for _ in range(2)]
-        got, expected = ours(leaves[0]), theirs(leaves[1])
+        got, expected = getattr(detops, name)(leaves[0], *arguments), getattr(ops, name)(leaves[1], *arguments)
         assert got.dtype == expected.dtype and torch.equal(got, expected)
         if gradient:
             weights = torch.arange(got.numel(), dtype=dtype).reshape(got.shape).cos()
@@ -379,15 +310,14 @@ def test_the_values_and_gradients_of_torchvision(dtype, gradient):
             (expected * weights).sum().backward()
             assert torch.equal(leaves[0].grad, leaves[1].grad)
 
-    for in_fmt, out_fmt in CONVERSIONS:
-        for shape in ((300,), (2, 7), ()):
-            n = int(np.prod(shape))
-            boxes = to_torch(np.abs(boxes_in(in_fmt, n)).reshape(*shape, -1) / 3, torch.float64).to(dtype)
-            same(lambda b: detops.box_convert(b, in_fmt, out_fmt), lambda b: ops.box_convert(b, in_fmt, out_fmt), boxes)  # noqa: B023
-            if in_fmt in UNROTATED and out_fmt == "xyxy":
-                same(lambda b: detops.box_area(b, in_fmt), lambda b: ops.box_area(b, in_fmt), boxes)  # noqa: B023
-                clip = ((99, 77),)
-                same(lambda b: detops.clip_boxes_to_image(b, *clip), lambda b: ops.clip_boxes_to_image(b, *clip), boxes)  # noqa: B023
+    for shape in ((300,), (2, 7), ()):
+        for in_fmt, out_fmt in CONVERSIONS:
+            array = np.abs(boxes_in(in_fmt, int(np.prod(shape)))).reshape(*shape, -1) / 3
+            boxes = to_torch(array, torch.float64).to(dtype)
+            check_same("box_convert", boxes, in_fmt, out_fmt)
+            if in_fmt == out_fmt and in_fmt in UNROTATED:
+                check_same("box_area", boxes, in_fmt)
+                check_same("clip_boxes_to_image", boxes, (99, 77))
     boxes = to_torch(boxes_in("xyxy", 500), torch.float64).to(dtype)
     assert torch.equal(detops.remove_small_boxes(boxes, 25.5), ops.remove_small_boxes(boxes, 25.5))
 

@@ -4,8 +4,6 @@
 // multiple of its size, and of the 1, 2, 4 or 8 bytes of an element all bits count but the sign of a floating zero.
 #pragma once
 
-#include <limits>
-
 #include <torch/csrc/stable/tensor.h>
 
 #include "common/geometry.h"
@@ -25,10 +23,7 @@ struct MaskLayout {
 // Corners are pixel numbers. What holds no pixel is so far inside out that it leaves any other unchanged.
 using PixelBox = Box<int>;
 
-DETOPS_HD PixelBox empty_pixel_box() {
-  constexpr int kMost = std::numeric_limits<int>::max();
-  return {kMost, kMost, -1, -1};
-}
+DETOPS_HD PixelBox empty_pixel_box() { return {INT32_MAX, INT32_MAX, -1, -1}; }
 
 DETOPS_HD PixelBox around(const PixelBox& a, const PixelBox& b) {
   return {min_of(a.x1, b.x1), min_of(a.y1, b.y1), max_of(a.x2, b.x2), max_of(a.y2, b.y2)};

@@ -55,7 +55,7 @@ DETOPS_HD IouParts<T> iou_parts(const IouBox<T>& a, const IouBox<T>& b) {
   IouParts<T> parts;
   parts.width = min_of(a.box.x2, b.box.x2) - max_of(a.box.x1, b.box.x1);
   parts.height = min_of(a.box.y2, b.box.y2) - max_of(a.box.y1, b.box.y1);
-  parts.intersection = max_of(parts.width, T(0)) * max_of(parts.height, T(0));
+  parts.intersection = max_of(T(0), parts.width) * max_of(T(0), parts.height);  // in this order NaN stays
   parts.union_area = a.area + b.area - parts.intersection;
   parts.iou = parts.intersection / parts.union_area;
   parts.around_width = max_of(max_of(a.box.x2, b.box.x2) - min_of(a.box.x1, b.box.x1), T(0));

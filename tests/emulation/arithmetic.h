@@ -67,9 +67,8 @@ T atomicAdd(T* address, cuda_on_cpu::SameAs<T> value) {
 template <class T>
 T atomicSub(T* address, cuda_on_cpu::SameAs<T> value) {
   using Unsigned = std::make_unsigned_t<T>;
-  return cuda_on_cpu::atomic_update(address, [value](T old) {
-    return static_cast<T>(static_cast<Unsigned>(old) - static_cast<Unsigned>(value));
-  });
+  return cuda_on_cpu::atomic_update(
+      address, [value](T old) { return static_cast<T>(static_cast<Unsigned>(old) - static_cast<Unsigned>(value)); });
 }
 template <class T>
 T atomicMin(T* address, cuda_on_cpu::SameAs<T> value) {
@@ -114,7 +113,8 @@ inline unsigned __brev(unsigned v) {
   return reversed;
 }
 inline unsigned long long __brevll(unsigned long long v) {
-  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(v))) << 32 | __brev(static_cast<unsigned>(v >> 32));
+  return static_cast<unsigned long long>(__brev(static_cast<unsigned>(v))) << 32 |
+         __brev(static_cast<unsigned>(v >> 32));
 }
 
 // ---- casts and loads
@@ -145,11 +145,11 @@ T __ldg(const T* address) {
 
 // ---- min and max: unsigned wins over signed, and a number over NaN
 
-#define DETOPS_MIN_MAX(result, a_type, b_type)                               \
-  inline result min(a_type a, b_type b) {                                    \
+#define DETOPS_MIN_MAX(result, a_type, b_type)                                                                \
+  inline result min(a_type a, b_type b) {                                                                     \
     return static_cast<result>(a) < static_cast<result>(b) ? static_cast<result>(a) : static_cast<result>(b); \
-  }                                                                          \
-  inline result max(a_type a, b_type b) {                                    \
+  }                                                                                                           \
+  inline result max(a_type a, b_type b) {                                                                     \
     return static_cast<result>(a) > static_cast<result>(b) ? static_cast<result>(a) : static_cast<result>(b); \
   }
 

@@ -19,7 +19,7 @@
 namespace cuda_on_cpu {
 namespace {
 
-Fiber* previous_fiber;    // who switched to the fiber that runs now
+Fiber* previous_fiber;     // who switched to the fiber that runs now
 void (*entry_function)();  // the same for all fibers
 
 // The first instructions on a new stack.
@@ -62,8 +62,8 @@ cuda_on_cpu_switch_stack:
 void create_fiber(Fiber& fiber, void (*entry)(), size_t stack_bytes, const char* name) {
   // The lowest page is left inaccessible, so that a stack overflow is a fault and not a neighbour's corruption.
   const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  void* memory = mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
     perror("cuda_on_cpu: no memory for a fiber's stack");
     abort();

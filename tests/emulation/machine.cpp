@@ -108,13 +108,14 @@ struct Multiprocessor {
 
 // Settings, from the environment.
 struct Settings {
-  uint64_t seed = 0;  // 0: threads and blocks run in the order of their numbers
+  uint64_t seed = 0;            // 0: threads and blocks run in the order of their numbers
   unsigned char poison = 0xff;  // fills shared memory: as floating-point numbers, NaN
-  std::string kernel_log;  // a file to which the name of each kernel is appended
+  std::string kernel_log;       // a file to which the name of each kernel is appended
 
   Settings() {
     if (const char* text = getenv("DETOPS_EMULATED_SEED")) seed = strtoull(text, nullptr, 0);
-    if (const char* text = getenv("DETOPS_EMULATED_POISON")) poison = static_cast<unsigned char>(strtoul(text, nullptr, 0));
+    if (const char* text = getenv("DETOPS_EMULATED_POISON"))
+      poison = static_cast<unsigned char>(strtoul(text, nullptr, 0));
     if (const char* text = getenv("DETOPS_EMULATED_KERNELS")) kernel_log = text;
   }
 };
@@ -440,9 +441,8 @@ void launch(const Launch& launch) {
       set = static_cast<unsigned>(random_below(sets));
     }
     const uint64_t row = block / grid.x;
-    run_block(*multiprocessors[set],
-              {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(row % grid.y),
-               static_cast<unsigned>(row / grid.y)});
+    run_block(*multiprocessors[set], {static_cast<unsigned>(block % grid.x), static_cast<unsigned>(row % grid.y),
+                                      static_cast<unsigned>(row / grid.y)});
   }
 
   for (unsigned i = 0; i < sets; ++i) acquire(multiprocessors[i]->between_blocks[multiprocessors[i]->block_turn]);

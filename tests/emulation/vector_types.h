@@ -2,18 +2,12 @@
 // the emulation (under UndefinedBehaviorSanitizer) as on a GPU.
 #pragma once
 
-#define DETOPS_VECTOR_TYPES(name, type, align2, align4)                                       \
-  struct alignas(align2) name##2 {                                                            \
-    type x, y;                                                                                \
-  };                                                                                          \
-  struct name##3 {                                                                            \
-    type x, y, z;                                                                             \
-  };                                                                                          \
-  struct alignas(align4) name##4 {                                                            \
-    type x, y, z, w;                                                                          \
-  };                                                                                          \
-  inline name##2 make_##name##2(type x, type y) { return {x, y}; }                            \
-  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; }                 \
+#define DETOPS_VECTOR_TYPES(name, type, align2, align4)                       \
+  struct alignas(align2) name##2 { type x, y; };                              \
+  struct name##3 { type x, y, z; };                                           \
+  struct alignas(align4) name##4 { type x, y, z, w; };                        \
+  inline name##2 make_##name##2(type x, type y) { return {x, y}; }            \
+  inline name##3 make_##name##3(type x, type y, type z) { return {x, y, z}; } \
   inline name##4 make_##name##4(type x, type y, type z, type w) { return {x, y, z, w}; }
 
 DETOPS_VECTOR_TYPES(char, signed char, 2, 4)

@@ -25,6 +25,7 @@ def box_iou(boxes1, boxes2, kind="iou", *, aligned=False, eps=1e-7):
 
 def pair_value(kind, a, b, eps):
     """The value of that kind for boxes a and b, both [..., 4]; the shapes broadcast."""
+    assert kind in KINDS
     eps = a.dtype.type(eps)
     with np.errstate(all="ignore"):
         intersection = positive(np.minimum(a[..., 2], b[..., 2]) - np.maximum(a[..., 0], b[..., 0]))
@@ -50,12 +51,12 @@ def pair_value(kind, a, b, eps):
             angle1 = np.arctan((width1 / height1).astype(np.float64)).astype(a.dtype)
             angle2 = np.arctan((width2 / height2).astype(np.float64)).astype(a.dtype)
             v = a.dtype.type(4 / np.pi**2) * ((angle1 - angle2) * (angle1 - angle2))
-            return distance - v / (1 - iou + v + eps) * v
+            distance -= v / (1 - iou + v + eps) * v
         if kind == "efficient":
             wide, high = width1 - width2, height1 - height2
-            distance = distance - wide * wide / (around_width * around_width + eps)
-            return distance - high * high / (around_height * around_height + eps)
-    raise ValueError(f"kind must be one of {KINDS}, got {kind}")
+            distance -= wide * wide / (around_width * around_width + eps)
+            distance -= high * high / (around_height * around_height + eps)
+        return distance
 
 
 def positive(values):
@@ -146,7 +147,7 @@ def rotated_iou(box1, box2):
     return intersection / union if union != 0 else np.nan
 
 
-def box_iou_rotated(boxes1, boxes2, *, aligned=False):
+def rotated_box_iou(boxes1, boxes2, *, aligned=False):
     """float64 [..., N, M] for boxes1 [..., N, 5] and boxes2 [..., M, 5], or aligned: [..., N] for two [..., N, 5]."""
     if not aligned:
         boxes1, boxes2 = boxes1[..., :, None, :], boxes2[..., None, :, :]
@@ -159,11 +160,11 @@ def box_iou_rotated(boxes1, boxes2, *, aligned=False):
 
 def nms_rotated(boxes, scores, iou_threshold, idxs=None):
     """Indices of the kept boxes in the order of `ranking`, given float64 IoUs."""
-    return nms_of_matrix(box_iou_rotated(boxes, boxes), scores, iou_threshold, idxs)
+    return nms_of_matrix(rotated_box_iou(boxes, boxes), scores, iou_threshold, idxs)
 
 
 def nms_of_matrix(ious, scores, iou_threshold, idxs=None):
-    """Greedy suppression, given the IoU of every pair. A higher score ranks first, NaN above all, then a lower index."""
+    """Greedy suppression, given the IoU of every pair. Higher scores rank first, NaN above all, then lower indices."""
     order = sorted(range(len(scores)), key=lambda i: (not np.isnan(scores[i]), -np.nan_to_num(scores[i], nan=0), i))
     keep = []
     for candidate in order:

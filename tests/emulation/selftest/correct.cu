@@ -7,10 +7,10 @@
 
 #include "cuda_on_cpu.h"
 
-#define CHECK(condition)                                              \
-  if (!(condition)) {                                                 \
+#define CHECK(condition)                                                    \
+  if (!(condition)) {                                                       \
     fprintf(stderr, "%s:%d: not so: %s\n", __FILE__, __LINE__, #condition); \
-    exit(1);                                                          \
+    exit(1);                                                                \
   }
 
 constexpr unsigned kFull = 0xffffffffu;

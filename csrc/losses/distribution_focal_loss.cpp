@@ -1,0 +1,196 @@
+// distribution_focal_loss: schema, checks, and the CPU kernels.
+#include "losses/distribution_focal_loss.h"
+
+#include "losses/loss_cpu.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+constexpr int kLanes = 16;  // rows that are computed together
+
+// A few rows, bin by bin: `values` [bins][kLanes] holds x - max(x) and then its exponential.
+template <class T>
+struct SoftmaxTile {
+  T* values;
+  T max[kLanes], sum[kLanes];
+};
+
+// Reads `rows` rows. Lanes without a row repeat the last one.
+template <class S, class T>
+void load_rows(const S* inputs, int64_t rows, int64_t bins, SoftmaxTile<T>& tile) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const S* const row = inputs + min_of(lane, rows - 1) * bins;
+    for (int64_t bin = 0; bin < bins; ++bin) tile.values[bin * kLanes + lane] = static_cast<T>(row[bin]);
+  }
+}
+
+template <class T>
+DETOPS_CLONES void subtract_max(int64_t bins, SoftmaxTile<T>& tile) {
+  for (int lane = 0; lane < kLanes; ++lane) tile.max[lane] = tile.values[lane];
+  for (int64_t bin = 1; bin < bins; ++bin) {
+    for (int lane = 0; lane < kLanes; ++lane) tile.max[lane] = max_of(tile.max[lane], tile.values[bin * kLanes + lane]);
+  }
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    for (int lane = 0; lane < kLanes; ++lane) tile.values[bin * kLanes + lane] -= tile.max[lane];
+  }
+}
+
+template <class T>
+DETOPS_CLONES void exponentiate(int64_t bins, SoftmaxTile<T>& tile) {
+  for (int lane = 0; lane < kLanes; ++lane) tile.sum[lane] = T(0);
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      T& value = tile.values[bin * kLanes + lane];
+      value = exp_of_nonpositive(value);
+      tile.sum[lane] += value;
+    }
+  }
+}
+
+template <class S>
+void loss_rows(const S* inputs, const ComputeType<S>* targets, int64_t rows, int64_t bins,
+               SoftmaxTile<ComputeType<S>>& tile, ComputeType<S>* losses) {
+  using T = ComputeType<S>;
+  load_rows(inputs, rows, bins, tile);
+  subtract_max(bins, tile);
+  T target[kLanes];
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    const BinPair<T> pair = bins_around(targets[lane], bins);
+    const T* const left = tile.values + pair.left * kLanes + lane;
+    target[lane] = pair.left_weight * left[0] + pair.right_weight * left[kLanes];
+  }
+  exponentiate(bins, tile);
+  for (int64_t lane = 0; lane < rows; ++lane) losses[lane] = math::log(tile.sum[lane]) - target[lane];
+}
+
+template <class S>
+void gradient_rows(const S* inputs, const ComputeType<S>* targets, int64_t rows, int64_t bins,
+                   const UpstreamValues<S>& grad, int64_t first, SoftmaxTile<ComputeType<S>>& tile, S* out) {
+  using T = ComputeType<S>;
+  load_rows(inputs, rows, bins, tile);
+  subtract_max(bins, tile);
+  exponentiate(bins, tile);
+  for (int64_t lane = 0; lane < rows; ++lane) {
+    const T upstream = grad.at(first + lane), scale = upstream / tile.sum[lane];
+    S* const row = out + lane * bins;
+    const BinPair<T> pair = bins_around(targets[lane], bins);
+    T* const left = tile.values + pair.left * kLanes + lane;
+    const T target_left = left[0] * scale - upstream * pair.left_weight;
+    const T target_right = left[kLanes] * scale - upstream * pair.right_weight;
+    for (int64_t bin = 0; bin < bins; ++bin) row[bin] = static_cast<S>(tile.values[bin * kLanes + lane] * scale);
+    row[pair.left] = static_cast<S>(target_left);
+    row[pair.left + 1] = static_cast<S>(target_right);
+  }
+}
+
+// Calls body(first row, rows, tile) for [begin, end).
+template <class T, class Body>
+void each_tile(int64_t begin, int64_t end, int64_t bins, const Body& body) {
+  std::vector<T> values(bins * kLanes);
+  SoftmaxTile<T> tile{values.data(), {}, {}};
+  for (int64_t row = begin; row < end; row += kLanes) body(row, min_of<int64_t>(kLanes, end - row), tile);
+}
+
+void distribution_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, Reduction reduction, const Tensor& out) {
+  const int64_t bins = inputs.size(inputs.dim() - 1);
+  dispatch_floating(inputs.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = ComputeType<S>;
+    const S* const input_data = inputs.const_data_ptr<S>();
+    const T* const target_data = targets.const_data_ptr<T>();
+    const auto fill = [&](int64_t begin, int64_t end, T* losses) {
+      each_tile<T>(begin, end, bins, [&](int64_t row, int64_t rows, SoftmaxTile<T>& tile) {
+        loss_rows(input_data + row * bins, target_data + row, rows, bins, tile, losses + (row - begin));
+      });
+    };
+    write_losses(targets.numel(), reduction, out.mutable_data_ptr<S>(), fill);
+  });
+}
+
+void distribution_focal_loss_backward_cpu(const Upstream& upstream, const Tensor& inputs, const Tensor& targets,
+                                          const Tensor& out) {
+  const int64_t bins = inputs.size(inputs.dim() - 1);
+  dispatch_floating(inputs.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = ComputeType<S>;
+    const S* const input_data = inputs.const_data_ptr<S>();
+    const T* const target_data = targets.const_data_ptr<T>();
+    const UpstreamValues<S> grad(upstream);
+    S* const result = out.mutable_data_ptr<S>();
+    parallel_ranges(targets.numel(), kLossBlock, [&](int64_t begin, int64_t end) {
+      each_tile<T>(begin, end, bins, [&](int64_t row, int64_t rows, SoftmaxTile<T>& tile) {
+        gradient_rows(input_data + row * bins, target_data + row, rows, bins, grad, row, tile, result + row * bins);
+      });
+    });
+  });
+}
+
+// Checks the tensors and returns the targets, contiguous and in the compute type of the inputs.
+Tensor checked_targets(const char* op, const Tensor& inputs, const Tensor& targets) {
+  check_floating(op, "inputs", inputs);
+  check_floating(op, "targets", targets);
+  check_same_device(op, "targets", targets, "inputs", inputs);
+  if (inputs.dim() == 0 || inputs.size(inputs.dim() - 1) < 2) {
+    fail(op, "inputs must have shape [..., bins] with at least 2 bins, got " + shape_text(inputs));
+  }
+  const int64_t dims = inputs.dim() - 1, bins = inputs.size(dims);
+  check_sizes(op, "targets", targets, leading_sizes(inputs, dims), " as inputs without the last dimension");
+  const Tensor dense = as_dense(targets, compute_dtype(inputs.scalar_type()));
+  if (!on_gpu(op, inputs)) {
+    dispatch_compute_type(inputs.scalar_type(), [&](auto tag) {
+      using T = typename decltype(tag)::type;
+      const T* const data = dense.const_data_ptr<T>();
+      for (int64_t i = 0; i < dense.numel(); ++i) {
+        if (!outside_bins(data[i], bins)) continue;
+        fail(op, "targets must be from 0 to " + std::to_string(bins - 1) + ", got " + std::to_string(data[i]));
+      }
+    });
+  }
+  return dense;
+}
+
+constexpr const char* kOp = "distribution_focal_loss";
+
+Tensor distribution_focal_loss(const Tensor& inputs, const Tensor& targets, int64_t reduction_number) {
+  const Reduction reduction = checked_reduction(kOp, reduction_number);
+  const Tensor dense_targets = checked_targets(kOp, inputs, targets);
+  const Tensor out =
+      allocate_loss(kOp, leading_sizes(targets, targets.dim()), reduction, inputs.scalar_type(), inputs);
+  if (out.numel() == 0) return out;
+  if (on_gpu(kOp, inputs)) {
+    DETOPS_GPU_ONLY(distribution_focal_loss_cuda(as_contiguous(inputs), dense_targets, reduction, out));
+  } else {
+    distribution_focal_loss_cpu(as_contiguous(inputs), dense_targets, reduction, out);
+  }
+  return out;
+}
+
+Tensor distribution_focal_loss_backward(const Tensor& grad, const Tensor& inputs, const Tensor& targets,
+                                        int64_t reduction_number) {
+  const Reduction reduction = checked_reduction(kOp, reduction_number);
+  const Tensor dense_targets = checked_targets(kOp, inputs, targets);
+  const Upstream upstream = checked_upstream(kOp, grad, leading_sizes(targets, targets.dim()), reduction,
+                                             inputs.scalar_type(), inputs);
+  const Tensor out = allocate(kOp, leading_sizes(inputs, inputs.dim()), inputs.scalar_type(), inputs);
+  if (out.numel() == 0) return out;
+  if (on_gpu(kOp, inputs)) {
+    DETOPS_GPU_ONLY(distribution_focal_loss_backward_cuda(upstream, as_contiguous(inputs), dense_targets, out));
+  } else {
+    distribution_focal_loss_backward_cpu(upstream, as_contiguous(inputs), dense_targets, out);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def("distribution_focal_loss(Tensor inputs, Tensor targets, int reduction) -> Tensor");
+  m.def("distribution_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, int reduction) -> Tensor");
+}
+
+DETOPS_REGISTER(m) {
+  m.impl("distribution_focal_loss", TORCH_BOX(&distribution_focal_loss));
+  m.impl("distribution_focal_loss_backward", TORCH_BOX(&distribution_focal_loss_backward));
+}
+
+}  // namespace DETOPS_NAMESPACE

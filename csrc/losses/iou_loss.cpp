@@ -1,0 +1,128 @@
+// The IoU losses: schema, checks, and the CPU kernels.
+#include "losses/iou_loss.h"
+
+#include <tuple>
+
+#include "losses/loss_cpu.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+template <IouLossKind kind, class T>
+DETOPS_CLONES void iou_loss_values(const T* boxes1, const T* boxes2, int64_t count, T eps, T* __restrict__ out) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = iou_loss_value<kind>(load_box<T>(boxes1 + 4 * i), load_box<T>(boxes2 + 4 * i), eps);
+  }
+}
+
+template <IouLossKind kind, class T>
+DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamValues<T>& grad, int64_t begin,
+                                      int64_t end, T eps, T* __restrict__ grad1, T* __restrict__ grad2) {
+#pragma GCC ivdep
+  for (int64_t i = begin; i < end; ++i) {
+    const PairGradient<T> gradient =
+        iou_loss_gradient<kind>(load_box<T>(boxes1 + 4 * i), load_box<T>(boxes2 + 4 * i), eps, grad.at(i));
+    store_box(gradient.a, grad1 + 4 * i);
+    store_box(gradient.b, grad2 + 4 * i);
+  }
+}
+
+void iou_loss_cpu(const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_kind, double eps, Reduction reduction,
+                  const Tensor& out) {
+  dispatch_iou_loss(boxes1.scalar_type(), loss_kind, [&](auto tag, auto kind) {
+    using T = typename decltype(tag)::type;
+    const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
+    const auto fill = [&](int64_t begin, int64_t end, T* losses) {
+      iou_loss_values<kind.value>(data1 + 4 * begin, data2 + 4 * begin, end - begin, T(eps), losses);
+    };
+    write_losses(boxes1.numel() / 4, reduction, out.mutable_data_ptr<T>(), fill);
+  });
+}
+
+void iou_loss_backward_cpu(const Upstream& upstream, const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_kind,
+                           double eps, const Tensor& grad1, const Tensor& grad2) {
+  dispatch_iou_loss(boxes1.scalar_type(), loss_kind, [&](auto tag, auto kind) {
+    using T = typename decltype(tag)::type;
+    const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
+    T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
+    const UpstreamValues<T> grad(upstream);
+    parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
+      iou_loss_gradients<kind.value>(data1, data2, grad, begin, end, T(eps), out1, out2);
+    });
+  });
+}
+
+const char* iou_loss_name(int64_t kind) {
+  constexpr const char* kNames[] = {"generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss",
+                                    "efficient_box_iou_loss", "siou_loss"};
+  if (kind < 0 || kind >= kIouLossKinds) fail("iou_loss", "kind must be from 0 to 4, got " + std::to_string(kind));
+  return kNames[kind];
+}
+
+// Checks the boxes and returns the shape of the losses.
+std::vector<int64_t> checked_pairs(const char* op, const Tensor& boxes1, const Tensor& boxes2) {
+  if (boxes1.dim() == 0 || boxes1.size(boxes1.dim() - 1) != 4) {
+    fail(op, "boxes1 must have shape [..., 4], got " + shape_text(boxes1));
+  }
+  check_sizes(op, "boxes2", boxes2, leading_sizes(boxes1, boxes1.dim()), " as boxes1");
+  const ScalarType dtype = boxes1.scalar_type();
+  if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
+    fail(op, "boxes1 must be float32 or float64, got " + dtype_name(dtype));
+  }
+  check_same_dtype(op, "boxes2", boxes2, "boxes1", boxes1);
+  check_same_device(op, "boxes2", boxes2, "boxes1", boxes1);
+  return leading_sizes(boxes1, boxes1.dim() - 1);
+}
+
+Tensor iou_loss(const Tensor& boxes1, const Tensor& boxes2, int64_t kind_number, double eps, int64_t reduction_number) {
+  const char* const op = iou_loss_name(kind_number);
+  const IouLossKind kind = static_cast<IouLossKind>(kind_number);
+  const Reduction reduction = checked_reduction(op, reduction_number);
+  const std::vector<int64_t> sizes = checked_pairs(op, boxes1, boxes2);
+  const Tensor out = allocate_loss(op, sizes, reduction, boxes1.scalar_type(), boxes1);
+  if (out.numel() == 0) return out;
+  const Tensor dense1 = as_contiguous(boxes1), dense2 = as_contiguous(boxes2);
+  if (on_gpu(op, boxes1)) {
+    DETOPS_GPU_ONLY(iou_loss_cuda(dense1, dense2, kind, eps, reduction, out));
+  } else {
+    iou_loss_cpu(dense1, dense2, kind, eps, reduction, out);
+  }
+  return out;
+}
+
+std::tuple<Tensor, Tensor> iou_loss_backward(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2,
+                                             int64_t kind_number, double eps, int64_t reduction_number) {
+  const char* const op = iou_loss_name(kind_number);
+  const IouLossKind kind = static_cast<IouLossKind>(kind_number);
+  const Reduction reduction = checked_reduction(op, reduction_number);
+  const std::vector<int64_t> sizes = checked_pairs(op, boxes1, boxes2);
+  const Upstream upstream = checked_upstream(op, grad, sizes, reduction, boxes1.scalar_type(), boxes1);
+  const std::vector<int64_t> shape = leading_sizes(boxes1, boxes1.dim());
+  const Tensor grad1 = allocate(op, shape, boxes1.scalar_type(), boxes1);
+  const Tensor grad2 = allocate(op, shape, boxes1.scalar_type(), boxes1);
+  if (boxes1.numel() == 0) return {grad1, grad2};
+  const Tensor dense1 = as_contiguous(boxes1), dense2 = as_contiguous(boxes2);
+  if (on_gpu(op, boxes1)) {
+    DETOPS_GPU_ONLY(iou_loss_backward_cuda(upstream, dense1, dense2, kind, eps, grad1, grad2));
+  } else {
+    iou_loss_backward_cpu(upstream, dense1, dense2, kind, eps, grad1, grad2);
+  }
+  return {grad1, grad2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def("iou_loss(Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction) -> Tensor");
+  m.def(
+      "iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction) -> "
+      "(Tensor, Tensor)");
+}
+
+DETOPS_REGISTER(m) {
+  m.impl("iou_loss", TORCH_BOX(&iou_loss));
+  m.impl("iou_loss_backward", TORCH_BOX(&iou_loss_backward));
+}
+
+}  // namespace DETOPS_NAMESPACE
