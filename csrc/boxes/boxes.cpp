@@ -20,7 +20,7 @@ DETOPS_CLONES void area_range(const S* boxes, int64_t count, ComputeType<S>* are
 }
 
 template <BoxFormat in_format, BoxFormat out_format, class S>
-DETOPS_CLONES void convert_range(const S* boxes, int64_t count, S* out) {
+DETOPS_CLONES void convert_range(const S* __restrict boxes, int64_t count, S* __restrict out) {
   for (int64_t i = 0; i < count; ++i) {
     convert_box<in_format, out_format, ComputeType<S>>(boxes + 4 * i, out + 4 * i);
   }
