@@ -26,6 +26,17 @@ from .iou import (
     generalized_box_iou,
     max_iou,
 )
+from .losses import (
+    complete_box_iou_loss,
+    distance_box_iou_loss,
+    distribution_focal_loss,
+    efficient_box_iou_loss,
+    generalized_box_iou_loss,
+    quality_focal_loss,
+    sigmoid_focal_loss,
+    siou_loss,
+    varifocal_loss,
+)
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
@@ -40,14 +51,23 @@ __all__ = [
     "box_iou",
     "clip_boxes_to_image",
     "complete_box_iou",
+    "complete_box_iou_loss",
     "distance_box_iou",
+    "distance_box_iou_loss",
+    "distribution_focal_loss",
     "efficient_box_iou",
+    "efficient_box_iou_loss",
     "generalized_box_iou",
+    "generalized_box_iou_loss",
     "masks_to_boxes",
     "max_iou",
     "multiclass_nms",
     "nms",
     "nms_rotated",
     "pad_ground_truth",
+    "quality_focal_loss",
     "remove_small_boxes",
+    "sigmoid_focal_loss",
+    "siou_loss",
+    "varifocal_loss",
 ]

@@ -310,7 +310,7 @@ def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponen
     if scores is not None:
         _check_no_gradient(op, "scores", scores)
     inputs = _for_autocast(inputs)
-    if targets.is_floating_point() and targets.dtype != inputs.dtype:
+    if inputs.is_floating_point() and targets.is_floating_point():
         dtype = torch.promote_types(inputs.dtype, targets.dtype)
         inputs, targets = inputs.to(dtype), targets.to(dtype)
     return _library.ops.focal_loss(inputs, targets, scores, kind, alpha, exponent, number)

@@ -185,3 +185,24 @@ def batch(images, n, classes, seed=0, boxes_per_class=False, share=0.2):
     boxes = clustered_boxes(int(np.prod(shape)), seed).reshape(*shape, 4)
     scores = rng.uniform(0, 1, (images, n, classes)) * (rng.random((images, n, classes)) < share)
     return boxes, scores
+
+
+# Rotated boxes: centre, width, height, and degrees counter-clockwise as one looks at an image.
+
+
+def rotated_boxes(n, seed=0, extent=100.0, size=100.0, aspect=8.0):
+    """Centres uniform in a square, longer sides in [size / 20, size], up to `aspect` times the shorter; any angle."""
+    rng = np.random.default_rng(seed)
+    longer = rng.uniform(size / 20, size, n)
+    sides = np.stack([longer, longer / rng.uniform(1, aspect, n)], 1)
+    sides = np.where(rng.random((n, 1)) < 0.5, sides, sides[:, ::-1])
+    return np.concatenate([rng.uniform(0, extent, (n, 2)), sides, rng.uniform(-400, 400, (n, 1))], 1)
+
+
+def clustered_rotated_boxes(n, seed=0, per_object=20, jitter=0.1, extent=1000.0):
+    """A detector's output: every object is reported by about `per_object` boxes, a little off in everything."""
+    rng = np.random.default_rng(seed)
+    boxes = rotated_boxes(max(1, n // per_object), seed + 1, extent)[rng.integers(0, max(1, n // per_object), n)]
+    moved = boxes[:, :2] + rng.uniform(-jitter, jitter, (n, 2)) * boxes[:, 2:4]
+    return np.column_stack([moved, boxes[:, 2:4] * rng.uniform(1 - jitter, 1 + jitter, (n, 2)),
+                            boxes[:, 4] + rng.uniform(-90 * jitter, 90 * jitter, n)])  # fmt: skip

@@ -38,7 +38,9 @@ def program(source, mode, flags=()):
 
 def execute(command, **environment):
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", **environment}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=120, preexec_fn=run.fix_addresses
+    )
 
 
 # What finds each fault: in which build, and with which words.

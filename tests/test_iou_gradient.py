@@ -157,7 +157,7 @@ def test_no_pairs_give_zero_gradients(device, kind, shape1, shape2):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ties_split_as_in_autograd(device, kind, dtype):
-    # Every pair of boxes on a grid of 4 x 3 cells: identical, nested, with shared edges and touching at edges or corners.
+    # Every pair of boxes on a grid of 3 x 2 cells: identical, nested, with shared edges, touching at edges or corners.
     corners = [(x1, y1, x2, y2) for x2 in range(4) for x1 in range(x2) for y2 in range(3) for y1 in range(y2)]
     boxes = device.put(np.array(corners, dtype=np.float64), dtype)
     first, second = (each.flatten() for each in torch.meshgrid(*[torch.arange(len(boxes))] * 2, indexing="ij"))

@@ -164,12 +164,17 @@ def test_use_namespace_switches_and_restores():
     assert _library.ops is ops
 
 
-# Ops that the wrapper of another op calls. So does a gradient, `<op>_backward`.
-SERVES = {"rotated_box_iou": "box_iou"}
+# Ops without a function of their name: one that they serve. So does a gradient, `<op>_backward`.
+SERVES = {
+    "rotated_box_iou": "box_iou",
+    "focal_loss": "sigmoid_focal_loss",
+    "iou_loss": "generalized_box_iou_loss",
+}
 
 
 def public_name(op):
-    return SERVES.get(op, op.removesuffix("_backward"))
+    name = op.removesuffix("_backward")
+    return SERVES.get(name, name)
 
 
 def mentions(pattern, op):

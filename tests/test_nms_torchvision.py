@@ -24,7 +24,7 @@ def by_class(torchvision):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
-def test_nms_equals_torchvision(torchvision, device, kind, dtype):
+def test_nms_equals_torchvision(device, torchvision, kind, dtype):
     n = device.limit(3000)
     boxes = to_torch(KINDS[kind](n), dtype)
     for scores in (inputs.distinct_scores(n), inputs.tied_scores(n, levels=50), inputs.odd_scores(n)):
@@ -35,7 +35,7 @@ def test_nms_equals_torchvision(torchvision, device, kind, dtype):
 
 
 @pytest.mark.parametrize("name", inputs.EDGES)
-def test_nms_equals_torchvision_at_the_edges(torchvision, device, name):
+def test_nms_equals_torchvision_at_the_edges(device, torchvision, name):
     boxes = to_torch(inputs.edge_boxes(name))
     scores = to_torch(inputs.distinct_scores(len(boxes)))
     for iou_threshold in THRESHOLDS:
@@ -56,7 +56,7 @@ def test_nms_equals_torchvision_on_the_threshold(torchvision, iou_threshold):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("classes", [80, 1000])
-def test_batched_nms_equals_torchvision_per_class(by_class, device, classes, kind, dtype):
+def test_batched_nms_equals_torchvision_per_class(device, by_class, classes, kind, dtype):
     n = device.limit(3000)
     boxes, ids = to_torch(KINDS[kind](n), dtype), to_torch(inputs.class_ids(n, classes))
     scores = to_torch(inputs.distinct_scores(n), dtype)
@@ -84,7 +84,7 @@ def test_torchvision_loses_precision_with_1000_classes_and_detops_does_not(torch
 
 
 @pytest.mark.parametrize("boxes_per_class", [False, True])
-def test_multiclass_nms_equals_the_loop_over_images(by_class, device, boxes_per_class):
+def test_multiclass_nms_equals_the_loop_over_images(device, by_class, boxes_per_class):
     arrays = inputs.batch(3, device.limit(1000, 40), 10, boxes_per_class=boxes_per_class)
     boxes, scores = (to_torch(array) for array in arrays)
     detections = detops.multiclass_nms(boxes.to(device.torch), scores.to(device.torch), max_detections=200)

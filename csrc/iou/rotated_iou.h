@@ -89,7 +89,9 @@ DETOPS_HD T intersection_area(const RotatedBox<T>& a, const RotatedBox<T>& b) {
   // The centre and the half sides of b in the frame of a, whose x axis points along its width.
   const T away_x = b.centre_x - a.centre_x, away_y = b.centre_y - a.centre_y;
   const T x = away_x * a.cos - away_y * a.sin, y = away_x * a.sin + away_y * a.cos;
-  const auto turn = math::sincos_degrees(b.angle - a.angle);
+  // In double, where the difference of large angles loses nothing; the sine is computed in double anyway.
+  const auto exact = math::sincos_degrees(static_cast<double>(b.angle) - static_cast<double>(a.angle));
+  const math::SinCos<T> turn{static_cast<T>(exact.sin), static_cast<T>(exact.cos)};
   const T wx = b.width / 2 * turn.cos, wy = -(b.width / 2 * turn.sin);
   const T hx = b.height / 2 * turn.sin, hy = b.height / 2 * turn.cos;
   Polygon<T> polygon{

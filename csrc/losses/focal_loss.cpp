@@ -141,12 +141,13 @@ FocalTensors checked_tensors(const char* op, FocalKind kind, const Tensor& input
                    std::to_string(data[i]));
     }
   }
-  if (kind != FocalKind::kQuality) return {as_contiguous(inputs), labels, Tensor(), classes};
+  const int64_t row_length = max_of<int64_t>(1, classes);  // 0 would say that the targets are dense
+  if (kind != FocalKind::kQuality) return {as_contiguous(inputs), labels, Tensor(), row_length};
   if (!scores.has_value()) fail(op, "scores must be given, got None");
   check_floating(op, "scores", *scores);
   check_same_device(op, "scores", *scores, "inputs", inputs);
   check_sizes(op, "scores", *scores, rows, " as targets");
-  return {as_contiguous(inputs), labels, as_dense(*scores, compute_dtype(inputs.scalar_type())), classes};
+  return {as_contiguous(inputs), labels, as_dense(*scores, compute_dtype(inputs.scalar_type())), row_length};
 }
 
 Tensor focal_loss(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& scores,

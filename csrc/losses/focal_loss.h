@@ -6,7 +6,7 @@
 //   focal_loss_backward  its gradient with respect to inputs
 //
 // With the logit x, p = sigmoid(x), the target t in [0, 1] and the cross-entropy
-//   ce = -t log(p) - (1 - t) log(1 - p) = max(x, 0) - x t + log(1 + exp(-|x|)):
+//   ce = -t log(p) - (1 - t) log(1 - p) = (1 - t) max(x, 0) + t max(-x, 0) + log(1 + exp(-|x|)):
 //   sigmoid    (alpha t + (1 - alpha)(1 - t)) (1 - p_t)^gamma ce,  1 - p_t = p (1 - t) + (1 - p) t   Lin et al., 2017
 //   quality    |t - p|^beta ce                                                                        Li et al., 2020
 //   varifocal  t ce where t > 0, alpha p^gamma ce elsewhere                                        Zhang et al., 2021
@@ -40,12 +40,14 @@ struct FocalWeight {
   T value, slope;
 };
 
-// scale * base^exponent, given d base / dx.
+// scale * base^exponent, given d base / dx. A base of 0 counts as the smallest normal number, so that 0^0 is 1.
 template <bool square, class T>
 DETOPS_HD FocalWeight<T> focal_power(T scale, T base, T slope, T exponent) {
   if (square) return {scale * (base * base), scale * 2 * base * slope};
-  const T power = scale * math::pow(base, exponent);
-  return {power, base > T(0) ? power * exponent * (slope / base) : T(0)};
+  constexpr T kSmallest = std::numeric_limits<T>::min();
+  base = max_of(kSmallest, base);
+  const T power = scale * math::exp(exponent * math::log(base));
+  return {power, power * exponent * (slope / base)};
 }
 
 // `error` is p - t.
@@ -64,9 +66,10 @@ DETOPS_HD FocalWeight<T> focal_weight(const Logistic<T>& logit, T error, T targe
   return {target > T(0) ? target : negative.value, target > T(0) ? T(0) : negative.slope};
 }
 
+// Without cancellation: a sum of terms that are not negative.
 template <class T>
 DETOPS_HD T cross_entropy(const Logistic<T>& logit, T input, T target) {
-  return (input < T(0) ? T(0) : input) - input * target + logit.excess;
+  return (input < T(0) ? -target : 1 - target) * input + logit.excess;
 }
 
 // p - t, without cancellation for t = 1.
