@@ -57,8 +57,8 @@ def sigmoid_focal_loss(
         >>> sigmoid_focal_loss(logits, torch.tensor([0, 2]), reduction="sum")  # the second row is background
         tensor(0.4395)
 
-    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; torchvision.ops.sigmoid_focal_loss, which takes
-    dense targets only and gives NaN as the mean of no losses.
+    Source: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017; torchvision.ops.sigmoid_focal_loss, which
+    takes dense targets only and gives NaN as the mean of no losses.
     """
     op = "sigmoid_focal_loss"
     if not 0 <= alpha <= 1 and alpha != -1:
@@ -177,7 +177,8 @@ def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "n
 def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
     """Loss 1 - GIoU of matching boxes, which pulls boxes together that do not overlap.
 
-    With intersection I, union U and the area C of the smallest box around both: 1 - I / (U + eps) + (C - U) / (C + eps).
+    With intersection I, union U and the area C of the smallest box around both:
+    1 - I / (U + eps) + (C - U) / (C + eps).
 
     Args:
         boxes1: [..., 4] xyxy, any dtype; computed in float32, or in float64 if one of the boxes is float64.
@@ -200,7 +201,8 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
         >>> generalized_box_iou_loss(boxes, boxes.flip(0))
         tensor([0.5000, 0.5000])
 
-    Source: Rezatofighi et al., Generalized Intersection over Union, CVPR 2019; torchvision.ops.generalized_box_iou_loss.
+    Source: Rezatofighi et al., Generalized Intersection over Union, CVPR 2019;
+    torchvision.ops.generalized_box_iou_loss.
     """
     return _iou_loss("generalized_box_iou_loss", _GENERALIZED, boxes1, boxes2, reduction, eps)
 

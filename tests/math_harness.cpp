@@ -11,13 +11,13 @@
 
 namespace math = DETOPS_NAMESPACE::math;
 
-#define LOOP(name, T, value)                                                                                   \
-  extern "C" DETOPS_CLONES void name(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out,    \
-                                     int64_t count) {                                                          \
-    (void)y;                                                                                                   \
-    for (int64_t i = 0; i < count; ++i) out[i] = value;                                                        \
+#define LOOP(name, T, value)                                                                                \
+  extern "C" DETOPS_CLONES void name(const T* __restrict__ x, const T* __restrict__ y, T* __restrict__ out, \
+                                     int64_t count) {                                                       \
+    (void)y;                                                                                                \
+    for (int64_t i = 0; i < count; ++i) out[i] = value;                                                     \
   }
-#define LOOPS(name, value)         \
+#define LOOPS(name, value)            \
   LOOP(name##_float64, double, value) \
   LOOP(name##_float32, float, value)
 

@@ -92,18 +92,14 @@ def test_written_out_losses(device):
     # p = 1/2 everywhere: the cross-entropy is log 2, and (1 - p_t)^2 = 1/4.
     zeros, log2 = device.put(np.zeros((1, 2))), np.log(2)
     one = device.put([0])
-    np.testing.assert_allclose(
-        to_numpy(detops.sigmoid_focal_loss(zeros, one)), [[log2 / 16, log2 * 3 / 16]], rtol=1e-6
-    )
+    np.testing.assert_allclose(to_numpy(detops.sigmoid_focal_loss(zeros, one)), [[log2 / 16, log2 * 3 / 16]], rtol=1e-6)
     np.testing.assert_allclose(
         to_numpy(detops.quality_focal_loss(zeros, one, device.put([1.0]))), [[log2 / 4] * 2], rtol=1e-6
     )
     np.testing.assert_allclose(
         to_numpy(detops.varifocal_loss(zeros, device.put([[0.5, 0.0]]))), [[log2 / 2, log2 * 3 / 16]], rtol=1e-6
     )
-    np.testing.assert_allclose(
-        to_numpy(detops.distribution_focal_loss(zeros, device.put([0.25]))), [log2], rtol=1e-6
-    )
+    np.testing.assert_allclose(to_numpy(detops.distribution_focal_loss(zeros, device.put([0.25]))), [log2], rtol=1e-6)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -170,7 +166,9 @@ def test_targets_that_are_no_numbers(device):
     x = device.put(logits(1, 4))
     assert detops.sigmoid_focal_loss(x, device.put([[NAN] * 4])).isnan().all()
     assert detops.varifocal_loss(x, device.put([[NAN] * 4])).isnan().all()
-    assert detops.quality_focal_loss(x, device.put([2]), device.put([NAN])).isnan().tolist() == [[False, False, True, False]]
+    assert detops.quality_focal_loss(x, device.put([2]), device.put([NAN])).isnan().tolist() == [
+        [False, False, True, False]
+    ]
     assert detops.distribution_focal_loss(x, device.put([NAN])).isnan().all()
 
 
@@ -237,7 +235,10 @@ def test_no_rows(device, name, reduction):
 
 def test_no_classes(device):
     for reduction in REDUCTIONS:
-        assert detops.sigmoid_focal_loss(device.put(np.zeros((3, 0))), device.put([0, -1, 0]), reduction=reduction).sum() == 0
+        assert (
+            detops.sigmoid_focal_loss(device.put(np.zeros((3, 0))), device.put([0, -1, 0]), reduction=reduction).sum()
+            == 0
+        )
 
 
 def test_a_single_logit(device):
@@ -315,11 +316,26 @@ VARIFOCAL, DISTRIBUTION = "varifocal_loss", "distribution_focal_loss"
 @pytest.mark.parametrize(
     ("name", "tensors", "options", "message"),
     [
-        (SIGMOID, (X, T), {"alpha": 1.5}, "Invalid alpha value: sigmoid_focal_loss: alpha must be from 0 to 1, or -1 .* 1.5"),
+        (
+            SIGMOID,
+            (X, T),
+            {"alpha": 1.5},
+            "Invalid alpha value: sigmoid_focal_loss: alpha must be from 0 to 1, or -1 .* 1.5",
+        ),
         (SIGMOID, (X, T), {"alpha": NAN}, "Invalid alpha value"),
         (SIGMOID, (X, T), {"gamma": -1}, "sigmoid_focal_loss: gamma must be at least 0 and finite, got -1"),
-        (SIGMOID, (X, T), {"reduction": "max"}, "Invalid reduction: sigmoid_focal_loss: reduction must be .* got 'max'"),
-        (QUALITY, (X, LABELS, SCORES), {"beta": NAN}, "quality_focal_loss: beta must be at least 0 and finite, got nan"),
+        (
+            SIGMOID,
+            (X, T),
+            {"reduction": "max"},
+            "Invalid reduction: sigmoid_focal_loss: reduction must be .* got 'max'",
+        ),
+        (
+            QUALITY,
+            (X, LABELS, SCORES),
+            {"beta": NAN},
+            "quality_focal_loss: beta must be at least 0 and finite, got nan",
+        ),
         (QUALITY, (X, LABELS, SCORES), {"reduction": ""}, "Invalid"),
         (VARIFOCAL, (X, T), {"alpha": -1}, "varifocal_loss: alpha must be at least 0 and finite, got -1"),
         (VARIFOCAL, (X, T), {"gamma": float("inf")}, "varifocal_loss: gamma must be at least 0 and finite, got inf"),
@@ -339,7 +355,11 @@ def test_bad_options(device, name, tensors, options, message):
         (SIGMOID, (X, T[0]), r"targets must have shape \[3, 5\] as inputs, got \[5\]"),
         (SIGMOID, (X, T.long()), r"targets must have shape \[3\] as inputs without the last dimension, got \[3, 5\]"),
         (SIGMOID, (X[0, 0], LABELS[0]), r"inputs must have shape \[..., C\] for class targets, got \[\]"),
-        (SIGMOID, (X, T.clone().requires_grad_()), "targets must not require a gradient, got requires_grad=True; detach it"),
+        (
+            SIGMOID,
+            (X, T.clone().requires_grad_()),
+            "targets must not require a gradient, got requires_grad=True; detach it",
+        ),
         (QUALITY, (X, T, SCORES), "targets must be an integer tensor, got float32"),
         (QUALITY, (X, LABELS, LABELS), "scores must be float16, bfloat16, float32 or float64, got int64"),
         (QUALITY, (X, LABELS, SCORES[:2]), r"scores must have shape \[3\] as targets, got \[2\]"),
@@ -349,7 +369,11 @@ def test_bad_options(device, name, tensors, options, message):
         (DISTRIBUTION, (X.int(), SCORES), "inputs must be float16, bfloat16, float32 or float64, got int32"),
         (DISTRIBUTION, (X, LABELS), "targets must be float16, bfloat16, float32 or float64, got int64"),
         (DISTRIBUTION, (X[:, :1], SCORES), r"inputs must have shape \[..., bins\] with at least 2 bins, got \[3, 1\]"),
-        (DISTRIBUTION, (X, SCORES[:2]), r"targets must have shape \[3\] as inputs without the last dimension, got \[2\]"),
+        (
+            DISTRIBUTION,
+            (X, SCORES[:2]),
+            r"targets must have shape \[3\] as inputs without the last dimension, got \[2\]",
+        ),
     ],
 )
 def test_bad_tensors(device, name, tensors, message):
@@ -363,8 +387,8 @@ def test_targets_out_of_range(device):
     cases = [
         (partial(detops.sigmoid_focal_loss, x, device.put([0, 6])), "sigmoid_focal_loss: targets must be from -1 to 5"),
         (partial(detops.sigmoid_focal_loss, x, device.put([0, -2])), "sigmoid_focal_loss: .* got -2"),
-        (partial(detops.quality_focal_loss, x, device.put([0, 6]), device.put([0.5, 0.5])), "quality_focal_loss: .* got 6"),
-        (partial(detops.distribution_focal_loss, x, device.put([0, 4.25])), "distribution_focal_loss: targets must be from 0 to 4, got 4.25"),
+        (partial(detops.quality_focal_loss, x, device.put([0, 6]), device.put([0.5, 0.5])), "quality_focal_loss: .* got 6"),  # noqa: E501
+        (partial(detops.distribution_focal_loss, x, device.put([0, 4.25])), "distribution_focal_loss: targets must be from 0 to 4, got 4.25"),  # noqa: E501
         (partial(detops.distribution_focal_loss, x, device.put([0, -0.5])), "distribution_focal_loss: .* got -0.5"),
         (partial(detops.distribution_focal_loss, x, device.put([0, np.inf])), "distribution_focal_loss: .* got inf"),
     ]  # fmt: skip
@@ -410,7 +434,9 @@ def test_opcheck(device, name, reduction):
     op, inputs = loss_op((x.requires_grad_(), *others), name, reduction)
     torch.library.opcheck(op, inputs)
     x = x.detach()
-    backward = getattr(_library.ops, "focal_loss_backward" if name != "distribution" else "distribution_focal_loss_backward")
+    backward = getattr(
+        _library.ops, "focal_loss_backward" if name != "distribution" else "distribution_focal_loss_backward"
+    )
     torch.library.opcheck(backward, (op(x, *inputs[1:]), x, *inputs[1:]))
 
 

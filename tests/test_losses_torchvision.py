@@ -97,7 +97,9 @@ def test_iou_losses(torchvision, device, name, dtype, reduction):
             compare(lambda *b, o=options: ours(*b, **o), lambda *b, o=options: theirs(*b, **o), leaves, tolerance)
 
 
-@pytest.mark.parametrize("edge", ["touching", "identical", "nested", "zero_area", "inverted", "nan", "negative", "huge"])
+@pytest.mark.parametrize(
+    "edge", ["touching", "identical", "nested", "zero_area", "inverted", "nan", "negative", "huge"]
+)
 @pytest.mark.parametrize("name", IOU_LOSSES)
 def test_iou_losses_at_the_edges(torchvision, device, name, edge):
     boxes1, boxes2 = (to_torch(boxes) for boxes in all_pairs(inputs.edge_boxes(edge)))

@@ -73,8 +73,8 @@ void focal_loss_cpu(const FocalTensors& tensors, FocalKind focal_kind, double al
       const auto values = options.square ? focal_values<kind.value, true, T> : focal_values<kind.value, false, T>;
       const auto fill = [&](int64_t begin, int64_t end, T* losses) {
         T wide_inputs[kLossBlock], block_targets[kLossBlock];
-        values(widened(inputs + begin, end - begin, wide_inputs), targets.block(begin, end, block_targets),
-               end - begin, options, losses);
+        values(widened(inputs + begin, end - begin, wide_inputs), targets.block(begin, end, block_targets), end - begin,
+               options, losses);
         targets.ignore(begin, end, losses);
       };
       write_losses(tensors.inputs.numel(), reduction, out.mutable_data_ptr<S>(), fill);
@@ -137,8 +137,8 @@ FocalTensors checked_tensors(const char* op, FocalKind kind, const Tensor& input
     const int64_t* const data = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < labels.numel(); ++i) {
       if (data[i] == -1 || class_counts(data[i], classes)) continue;
-      fail(op, "targets must be from -1 to " + std::to_string(classes) + " (the classes), got " +
-                   std::to_string(data[i]));
+      fail(op,
+           "targets must be from -1 to " + std::to_string(classes) + " (the classes), got " + std::to_string(data[i]));
     }
   }
   const int64_t row_length = max_of<int64_t>(1, classes);  // 0 would say that the targets are dense
@@ -150,14 +150,13 @@ FocalTensors checked_tensors(const char* op, FocalKind kind, const Tensor& input
   return {as_contiguous(inputs), labels, as_dense(*scores, compute_dtype(inputs.scalar_type())), row_length};
 }
 
-Tensor focal_loss(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& scores,
-                  int64_t kind_number, double alpha, double exponent, int64_t reduction_number) {
+Tensor focal_loss(const Tensor& inputs, const Tensor& targets, const std::optional<Tensor>& scores, int64_t kind_number,
+                  double alpha, double exponent, int64_t reduction_number) {
   const char* const op = focal_name(kind_number);
   const FocalKind kind = static_cast<FocalKind>(kind_number);
   const Reduction reduction = checked_reduction(op, reduction_number);
   const FocalTensors tensors = checked_tensors(op, kind, inputs, targets, scores);
-  const Tensor out =
-      allocate_loss(op, leading_sizes(inputs, inputs.dim()), reduction, inputs.scalar_type(), inputs);
+  const Tensor out = allocate_loss(op, leading_sizes(inputs, inputs.dim()), reduction, inputs.scalar_type(), inputs);
   if (out.numel() == 0) return out;
   if (on_gpu(op, inputs)) {
     DETOPS_GPU_ONLY(focal_loss_cuda(tensors, kind, alpha, exponent, reduction, out));

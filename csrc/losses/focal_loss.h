@@ -2,8 +2,8 @@
 // gradients, written once for both devices.
 //
 // Ops and shapes.
-//   focal_loss           inputs [..., C], targets [..., C] or classes [...], scores [...] -> losses [..., C] or a scalar
-//   focal_loss_backward  its gradient with respect to inputs
+//   focal_loss           inputs [..., C], targets [..., C] or classes [...], scores [...] -> losses [..., C] or a
+//   scalar focal_loss_backward  its gradient with respect to inputs
 //
 // With the logit x, p = sigmoid(x), the target t in [0, 1] and the cross-entropy
 //   ce = -t log(p) - (1 - t) log(1 - p) = (1 - t) max(x, 0) + t max(-x, 0) + log(1 + exp(-|x|)):

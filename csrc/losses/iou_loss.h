@@ -72,7 +72,7 @@ DETOPS_HD T sign_of(T value) {
 //   shape     sum over both sides of (1 - exp(-omega))^4, omega_w = |w1 - w2| / max(w1, w2)
 template <class T>
 struct ScyllaCosts {
-  T angle, rho_x, rho_y, near_x, near_y;  // near = exp(-(2 - angle) rho)
+  T angle, rho_x, rho_y, near_x, near_y;   // near = exp(-(2 - angle) rho)
   T omega_w, omega_h, unlike_w, unlike_h;  // unlike = 1 - exp(-omega)
 
   DETOPS_HD T distance() const { return (1 - near_x) + (1 - near_y); }
@@ -158,10 +158,12 @@ DETOPS_HD void add_scylla_gradient(const LossParts<T>& parts, T eps, PartGradien
   const T of_angle = -(costs.rho_x * costs.near_x + costs.rho_y * costs.near_y) / 2 / squared_distance;
   const T of_rho_x = (1 - costs.angle / 2) * costs.near_x / (squared(parts.around_width) + eps);
   const T of_rho_y = (1 - costs.angle / 2) * costs.near_y / (squared(parts.around_height) + eps);
-  gradients.of_centre_x = 2 * (of_rho_x * parts.centre_x + of_angle * (sign_of(parts.centre_x) * absolute(parts.centre_y) -
-                                                                       costs.angle * parts.centre_x));
-  gradients.of_centre_y = 2 * (of_rho_y * parts.centre_y + of_angle * (sign_of(parts.centre_y) * absolute(parts.centre_x) -
-                                                                       costs.angle * parts.centre_y));
+  gradients.of_centre_x =
+      2 * (of_rho_x * parts.centre_x +
+           of_angle * (sign_of(parts.centre_x) * absolute(parts.centre_y) - costs.angle * parts.centre_x));
+  gradients.of_centre_y =
+      2 * (of_rho_y * parts.centre_y +
+           of_angle * (sign_of(parts.centre_y) * absolute(parts.centre_x) - costs.angle * parts.centre_y));
   gradients.of_around_width = -2 * of_rho_x * costs.rho_x * parts.around_width;
   gradients.of_around_height = -2 * of_rho_y * costs.rho_y * parts.around_height;
   add_shape_gradient(parts.width1, parts.width2, costs.omega_w, costs.unlike_w, eps, gradients.of_width1,
@@ -238,12 +240,12 @@ DETOPS_HD PairGradient<T> iou_loss_gradient(const Box<T>& a, const Box<T>& b, T 
   const LossParts<T> parts = loss_parts(a, b, eps);
   const PartGradients<T> of = part_gradients<kind>(parts, eps);
   const T of_overlap = of.of_intersection - of.of_union;  // the union is the areas less the intersection
-  const AxisGradient<T> x = axis_gradient(
-      a.x1, a.x2, b.x1, b.x2, of_overlap * parts.height, of.of_width1 + of.of_union * parts.height1,
-      of.of_width2 + of.of_union * parts.height2, of.of_around_width, of.of_centre_x);
-  const AxisGradient<T> y = axis_gradient(
-      a.y1, a.y2, b.y1, b.y2, of_overlap * parts.width, of.of_height1 + of.of_union * parts.width1,
-      of.of_height2 + of.of_union * parts.width2, of.of_around_height, of.of_centre_y);
+  const AxisGradient<T> x =
+      axis_gradient(a.x1, a.x2, b.x1, b.x2, of_overlap * parts.height, of.of_width1 + of.of_union * parts.height1,
+                    of.of_width2 + of.of_union * parts.height2, of.of_around_width, of.of_centre_x);
+  const AxisGradient<T> y =
+      axis_gradient(a.y1, a.y2, b.y1, b.y2, of_overlap * parts.width, of.of_height1 + of.of_union * parts.width1,
+                    of.of_height2 + of.of_union * parts.width2, of.of_around_height, of.of_centre_y);
   return {{grad * x.low1, grad * y.low1, grad * x.high1, grad * y.high1},
           {grad * x.low2, grad * y.low2, grad * x.high2, grad * y.high2}};
 }

@@ -39,8 +39,8 @@ __global__ void iou_loss_backward_kernel(UpstreamView<T> grad, const T* boxes1, 
                                          bool packed, T* grad1, T* grad2) {
   const int64_t i = int64_t(blockIdx.x) * kLossThreads + threadIdx.x;
   if (i >= count) return;
-  const PairGradient<T> gradient = iou_loss_gradient<kind>(
-      load_box_packed(boxes1, i, packed), load_box_packed(boxes2, i, packed), eps, grad.at(i));
+  const PairGradient<T> gradient =
+      iou_loss_gradient<kind>(load_box_packed(boxes1, i, packed), load_box_packed(boxes2, i, packed), eps, grad.at(i));
   store_box_packed(gradient.a, i, packed, grad1);
   store_box_packed(gradient.b, i, packed, grad2);
 }

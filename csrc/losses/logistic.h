@@ -16,8 +16,7 @@ DETOPS_HD float exp_of_nonpositive(float x) {
   const float shifted = x * 1.44269504f + kRounder;
   const float k = shifted - kRounder;
   const float r = x - k * 0.693359375f - k * -2.12194440e-4f;  // ln2 in two parts, k times the first is exact
-  const float series =
-      0.49999994f + r * (0.16666522f + r * (0.041668368f + r * (0.0083686186f + r * 0.0013815062f)));
+  const float series = 0.49999994f + r * (0.16666522f + r * (0.041668368f + r * (0.0083686186f + r * 0.0013815062f)));
   // 2^k may be no normal number. Its two halves are, and only the second product may round.
   const uint32_t exponents = bit_cast<uint32_t>(shifted) - bit_cast<uint32_t>(kRounder) + 2 * 127;
   const uint32_t half = exponents >> 1;

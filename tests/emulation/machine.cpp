@@ -2,6 +2,8 @@
 // through sanitizers.h. While a kernel runs nothing here allocates, because ThreadSanitizer sees malloc and free.
 #include "machine.h"
 
+#include <time.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -116,6 +118,7 @@ struct Settings {
     if (const char* text = getenv("DETOPS_EMULATED_SEED")) seed = strtoull(text, nullptr, 0);
     if (const char* text = getenv("DETOPS_EMULATED_POISON"))
       poison = static_cast<unsigned char>(strtoul(text, nullptr, 0));
+    if (const char* text = getenv("DETOPS_EMULATED_SECONDS")) seconds = strtod(text, nullptr);
     if (const char* text = getenv("DETOPS_EMULATED_KERNELS")) kernel_log = text;
   }
 };
@@ -135,6 +138,8 @@ Multiprocessor* here;
 Thread* running;
 uint3 the_block;
 unsigned thread_count;
+double launch_time;
+unsigned switches;
 
 uint64_t random_state;
 
@@ -216,9 +221,21 @@ void set_ready(Thread& thread) {
   here->ready[(here->ready_begin + here->ready_count++) % kMaxThreads] = thread.number;
 }
 
+double seconds_now() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
+
+void check_time() {
+  if (++switches % (1 << 20) != 0 || seconds_now() - launch_time < settings().seconds) return;
+  fail("is still running after %g seconds: an endless loop?", settings().seconds);
+}
+
 // Runs the next thread that can run. Returns when `me` runs again.
 void run_next(Thread& me) {
   Multiprocessor& mp = *here;
+  check_time();
   if (mp.ready_count == 0) {
     if (mp.ended_count < thread_count) fail_deadlock();
     running = nullptr;
@@ -414,6 +431,7 @@ void launch(const Launch& launch) {
   sanitizer_at_death(print_place_at_death);
 
   the_launch = &launch;
+  launch_time = seconds_now();
   running = nullptr;
   the_kernel = register_kernel(launch.kernel_text);
   check_dimensions(launch);

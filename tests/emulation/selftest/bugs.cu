@@ -182,6 +182,13 @@ __global__ void deadlock_kernel(int* out) {
 }
 
 template <bool kBug>
+__global__ void endless_kernel(int* out) {
+  int left = kBug ? -1 : 5;
+  while (__any_sync(kFull, left != 0)) left = kBug ? 1 : left - 1;
+  out[threadIdx.x] = left;
+}
+
+template <bool kBug>
 __global__ void mismatched_collectives_kernel(int* out) {
   if (kBug && threadIdx.x % 32 == 3) {
     out[threadIdx.x] = __any_sync(kFull, 1);
@@ -254,6 +261,7 @@ void run(const std::string& name) {
   RUN_ONE_BLOCK(exit_before_barrier);
   RUN_ONE_BLOCK(barrier_and_warp);
   RUN_ONE_BLOCK(deadlock);
+  RUN_ONE_BLOCK(endless);
   RUN_ONE_BLOCK(mismatched_collectives);
   RUN_ONE_BLOCK(different_masks);
   RUN_ONE_BLOCK(absent_lane);
