@@ -6,18 +6,20 @@ import pytest
 import torch
 from inputs import to_numpy, to_torch
 from reference import losses as reference
-from test_losses import REDUCTIONS, needs_compiler, restore_threads  # noqa: F401
+from test_losses import REDUCTIONS, needs_compiler
+from test_losses_checks import restore_threads  # noqa: F401
 
 import detops
 from detops import _library
 
-NAMES = (
-    "generalized_box_iou_loss",
-    "distance_box_iou_loss",
-    "complete_box_iou_loss",
-    "efficient_box_iou_loss",
-    "siou_loss",
+LOSSES = (
+    detops.generalized_box_iou_loss,
+    detops.distance_box_iou_loss,
+    detops.complete_box_iou_loss,
+    detops.efficient_box_iou_loss,
+    detops.siou_loss,
 )
+NAMES = tuple(loss.__name__ for loss in LOSSES)
 
 
 @pytest.fixture(params=NAMES)

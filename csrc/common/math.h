@@ -46,11 +46,16 @@ DETOPS_HD double magnitude(double x) { return bit_cast<double>(bit_cast<uint64_t
 // The first 26 significant bits, so that products of two such are exact.
 DETOPS_HD double leading_half(double x) { return bit_cast<double>(bit_cast<uint64_t>(x) & ~uint64_t(0x7ffffff)); }
 
-// c[0] + x (c[1] + x (c[2] + ...))
-DETOPS_HD double polynomial(double, double last) { return last; }
+// c[0] + c[1] x + c[2] x^2 + ..., two terms at a time: as many operations as one at a time, but a chain half as long.
+DETOPS_HD double polynomial(double, double first) { return first; }
 template <class... Rest>
-DETOPS_HD double polynomial(double x, double first, Rest... rest) {
-  return first + x * polynomial(x, rest...);
+DETOPS_HD double polynomial(double x, double first, double second, Rest... rest) {
+  const double pair = first + x * second;
+  if constexpr (sizeof...(rest) == 0) {
+    return pair;
+  } else {
+    return pair + x * x * polynomial(x, rest...);
+  }
 }
 
 // high + low: more digits than a double holds. low is small against high.

@@ -40,12 +40,14 @@ struct FocalWeight {
   T value, slope;
 };
 
+template <class T>
+constexpr T kSmallestNormal = std::numeric_limits<T>::min();
+
 // scale * base^exponent, given d base / dx. A base of 0 counts as the smallest normal number, so that 0^0 is 1.
 template <bool square, class T>
 DETOPS_HD FocalWeight<T> focal_power(T scale, T base, T slope, T exponent) {
   if (square) return {scale * (base * base), scale * 2 * base * slope};
-  constexpr T kSmallest = std::numeric_limits<T>::min();
-  base = max_of(kSmallest, base);
+  base = max_of(kSmallestNormal<T>, base);
   const T power = scale * math::exp(exponent * math::log(base));
   return {power, power * exponent * (slope / base)};
 }

@@ -2,7 +2,7 @@
 //
 // common/math.h works in double. Here a float stays a float, which is twice as fast on a CPU and many times on a GPU
 // (most have few units for double). As there, only +, -, *, / and bit operations: the same bits on every device.
-// Against the true value the float functions err by at most 4 units in the last place.
+// Against the true value the float functions err by less than 5 units in the last place (2^32 / 37 inputs tried).
 #pragma once
 
 #include "common/math.h"

@@ -112,6 +112,7 @@ struct Multiprocessor {
 struct Settings {
   uint64_t seed = 0;            // 0: threads and blocks run in the order of their numbers
   unsigned char poison = 0xff;  // fills shared memory: as floating-point numbers, NaN
+  double seconds = 300;         // after which a launch is taken for endless
   std::string kernel_log;       // a file to which the name of each kernel is appended
 
   Settings() {

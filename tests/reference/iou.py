@@ -158,13 +158,12 @@ def rotated_box_iou(boxes1, boxes2, *, aligned=False):
     return out
 
 
-def nms_rotated(boxes, scores, iou_threshold, idxs=None):
-    """Indices of the kept boxes in the order of `ranking`, given float64 IoUs."""
-    return nms_of_matrix(rotated_box_iou(boxes, boxes), scores, iou_threshold, idxs)
+def nms_rotated(boxes, scores, iou_threshold, idxs=None, ious=None):
+    """Indices of the kept boxes, int64 [K]. Higher scores rank first, NaN above all, then lower indices.
 
-
-def nms_of_matrix(ious, scores, iou_threshold, idxs=None):
-    """Greedy suppression, given the IoU of every pair. Higher scores rank first, NaN above all, then lower indices."""
+    `ious` [N, N] are the IoUs of each box with each if they are known, else they are computed in float64.
+    """
+    ious = rotated_box_iou(boxes, boxes) if ious is None else ious
     order = sorted(range(len(scores)), key=lambda i: (not np.isnan(scores[i]), -np.nan_to_num(scores[i], nan=0), i))
     keep = []
     for candidate in order:

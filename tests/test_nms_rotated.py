@@ -1,0 +1,247 @@
+"""nms_rotated: the decisions of nms with the IoU of rotated boxes."""
+
+import functools
+import shutil
+
+import inputs
+import numpy as np
+import pytest
+import torch
+from inputs import to_numpy, to_torch
+from reference import iou as reference
+
+import detops
+from detops import _library
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+
+
+def threshold_in_a_gap(ious, wanted):
+    """A threshold near the wanted one that no IoU comes near to, so that rounding decides nothing."""
+    for step in range(1000):
+        threshold = wanted + step * 1e-4
+        if np.abs(ious - threshold).min(initial=1) > 2e-5:
+            return threshold
+    raise AssertionError("no gap")
+
+
+def check_by_matrix(boxes, scores, iou_threshold, idxs=None):
+    """The result is that of the greedy loop over the IoUs that box_iou gives; returns it."""
+    keep = detops.nms_rotated(boxes, scores, iou_threshold, idxs)
+    wide = boxes.double() if boxes.dtype == torch.float64 else boxes.float()
+    ious = to_numpy(detops.box_iou(wide, wide, fmt="cxcywhr"))
+    ids = None if idxs is None else to_numpy(idxs)
+    assert keep.dtype == torch.int64 and keep.device == boxes.device and keep.is_contiguous()
+    assert keep.tolist() == reference.nms_rotated(None, to_numpy(scores), iou_threshold, ids, ious).tolist()
+    return keep
+
+
+@functools.cache
+def boxes_and_ious(n, jitter):
+    boxes = inputs.clustered_rotated_boxes(n, per_object=8, jitter=jitter, extent=300).astype(np.float32)
+    return boxes, reference.rotated_box_iou(boxes, boxes)
+
+
+@pytest.mark.parametrize(("wanted", "jitter"), [(0.0001, 0.1), (0.1, 0.1), (0.5, 0.1), (0.7, 0.1), (0.9, 0.02)])
+def test_equals_the_reference(device, wanted, jitter):
+    for n in (2, 31, 65):
+        boxes, ious = boxes_and_ious(n, jitter)
+        threshold, ids = threshold_in_a_gap(ious, wanted), inputs.class_ids(n, 3)
+        for scores in (inputs.distinct_scores(n), inputs.tied_scores(n), inputs.odd_scores(n)):
+            for dtype in (torch.float32, torch.float64):
+                arguments = device.put(boxes, dtype), device.put(scores), threshold
+                expected = reference.nms_rotated(boxes, scores, threshold, ious=ious)
+                assert n == 2 or len(expected) < n
+                assert detops.nms_rotated(*arguments).tolist() == expected.tolist()
+                expected = reference.nms_rotated(boxes, scores, threshold, ids, ious)
+                assert detops.nms_rotated(*arguments, device.put(ids)).tolist() == expected.tolist()
+                assert detops.nms_rotated(*arguments, idxs=device.put(ids)).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 63, 64, 65, 128, 1000])
+def test_sizes(device, n):
+    n = device.limit(n, emulated=200)
+    for dtype in (torch.float32, torch.float64):
+        boxes = device.put(inputs.clustered_rotated_boxes(n), dtype)
+        for iou_threshold in (0.0, 0.3, 0.7, 1.0):
+            check_by_matrix(boxes, device.put(inputs.distinct_scores(n)), iou_threshold)
+            check_by_matrix(boxes, device.put(inputs.tied_scores(n)), iou_threshold, device.put(inputs.class_ids(n, 4)))
+
+
+@pytest.mark.parametrize("n", [5000, 12_000])
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_many_boxes_follow_the_definition(device, n):
+    # Without the matrix: the kept boxes do not suppress each other, and every other one is suppressed by a better one.
+    boxes, scores = device.put(inputs.clustered_rotated_boxes(n, extent=3000)), device.put(inputs.distinct_scores(n))
+    for idxs in (None, device.put(inputs.class_ids(n, 2))):
+        keep = detops.nms_rotated(boxes, scores, 0.4, idxs)
+        assert (scores[keep].diff() < 0).all() and 100 < len(keep) < n
+        suppressed = torch.zeros(n, dtype=torch.bool, device=keep.device)
+        for part in torch.arange(n, device=keep.device).split(1000):
+            over = detops.box_iou(boxes[keep], boxes[part], fmt="cxcywhr") > 0.4
+            over &= scores[keep][:, None] > scores[part]
+            if idxs is not None:
+                over &= idxs[keep][:, None] == idxs[part]
+            suppressed[part] = over.any(0)
+        assert (~suppressed).nonzero()[:, 0].tolist() == keep.sort().values.tolist()
+
+
+@pytest.mark.parametrize("n", [40, 300])
+def test_quarter_turns_decide_as_nms(device, n):
+    corners = inputs.grid_boxes(n)
+    turns = np.random.default_rng(0).choice([0, 90, 180, -90, 720], n)
+    sides = corners[:, 2:] - corners[:, :2]
+    sides = np.where((turns % 180 == 0)[:, None], sides, sides[:, ::-1])
+    boxes = device.put(np.column_stack([(corners[:, :2] + corners[:, 2:]) / 2, sides, turns]))
+    ids = device.put(inputs.class_ids(n, 3))
+    for scores in (inputs.distinct_scores(n), inputs.tied_scores(n), inputs.odd_scores(n)):
+        scores = device.put(scores)
+        for iou_threshold in (*inputs.THRESHOLDS, 1 / 3, 0.2, 0.25):  # many pairs are exactly on them
+            expected = detops.nms(device.put(corners), scores, iou_threshold)
+            assert torch.equal(detops.nms_rotated(boxes, scores, iou_threshold), expected)
+            expected = detops.batched_nms(device.put(corners), scores, ids, iou_threshold)
+            assert torch.equal(detops.nms_rotated(boxes, scores, iou_threshold, ids), expected)
+
+
+@pytest.mark.parametrize(
+    ("second", "iou_threshold", "keep"),
+    [
+        ([2.5, 5, 5, 10, 0], 0.5, [0, 1]),  # IoU 1/2 is not greater than 0.5
+        ([2.5, 5, 10, 5, -90], 0.5, [0, 1]),
+        ([2.5, 5, 5, 10, 0], 0.4999, [0]),
+        ([0.5, 5, 1, 10, 0], 0.1, [0]),  # float32(0.1) > 0.1
+        ([15, 5, 10, 10, 0], 0.0, [0, 1]),  # touching boxes do not overlap
+        ([5, 5, 10, 10, 90], 1.0, [0, 1]),
+        ([5, 5, 10, 10, 90], 0.9999, [0]),
+        ([5, 5, 10, 10, 45], float("inf"), [0, 1]),
+    ],
+)
+def test_the_threshold_is_strict_and_a_double(device, second, iou_threshold, keep):
+    boxes, scores = device.put([[5.0, 5, 10, 10, 0], second]), device.put([0.9, 0.8])
+    assert detops.nms_rotated(boxes, scores, iou_threshold).tolist() == keep
+    assert detops.nms_rotated(boxes, scores, iou_threshold, torch.zeros(2).to(boxes).long()).tolist() == keep
+
+
+def test_boxes_without_an_iou_neither_suppress_nor_are_suppressed(device):
+    nan, inf = np.nan, np.inf
+    odd = [[nan, 0, 9, 9, 0], [0, nan, 9, 9, 0], [0, 0, nan, 9, 0], [0, 0, 9, nan, 0], [0, 0, 9, 9, nan], [nan] * 5]
+    odd += [[inf, 0, 9, 9, 0], [0, 0, inf, 9, 0], [0, 0, 9, 9, inf], [0, -inf, 9, 9, 30], [inf] * 5]
+    odd += [[0, 0, 0, 9, 0], [0, 0, 9, 0, 30], [0, 0, 0, 0, 0], [0, 0, -9, -9, 30], [0, 0, -9, 9, 0], [0, 0, 9, -9, 0]]
+    ordinary = [[0, 0, 10, 10, 0], [0, 0, 10, 10, 20], [1, 1, 9, 9, 45], [40, 40, 9, 9, 7]]
+    boxes = np.array(odd * 2 + ordinary, np.float64)
+    for seed in range(4):
+        order = np.random.default_rng(seed).permutation(len(boxes))
+        for dtype in (torch.float32, torch.float64):
+            keep = check_by_matrix(device.put(boxes[order], dtype), device.put(inputs.distinct_scores(len(boxes))), 0.0)
+            assert set(order[keep.tolist()]) >= set(range(2 * len(odd)))
+
+
+def test_dtypes(device, boxes_dtype, scores_dtype):
+    boxes = device.put(inputs.clustered_rotated_boxes(60, extent=300), boxes_dtype)
+    for scores in (inputs.distinct_scores(60), inputs.odd_scores(60)):
+        check_by_matrix(boxes, device.put(scores, scores_dtype), 0.4, device.put(inputs.class_ids(60, 2)))
+
+
+@pytest.mark.parametrize("idxs_dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64])
+def test_class_id_dtypes(device, idxs_dtype):
+    boxes, scores = device.put(inputs.clustered_rotated_boxes(60, extent=300)), device.put(inputs.distinct_scores(60))
+    check_by_matrix(boxes, scores, 0.3, device.put(inputs.class_ids(60, 2), idxs_dtype))
+
+
+def test_inputs_of_any_strides_are_read(device):
+    wide = device.put(inputs.clustered_rotated_boxes(120, extent=300))
+    scores, ids = device.put(inputs.distinct_scores(120)), device.put(inputs.class_ids(120, 3))
+    rows = torch.cat([wide, scores[:, None], ids[:, None].float()], dim=1)  # a detector's [N, 7] rows
+    cases = [(wide[::2], scores[::2], ids[::2]), (wide.t().contiguous().t(), scores, ids)]
+    cases += [(rows[:, :5], rows[:, 5], rows[:, 6].long()), (wide[:1].expand(9, 5), scores[:9], ids[:1].expand(9))]
+    for boxes, some_scores, some_ids in cases:
+        check_by_matrix(boxes, some_scores, 0.4)
+        check_by_matrix(boxes, some_scores, 0.4, some_ids)
+
+
+# Bad input.
+
+BOXES_3, SCORES_3, IDS_3 = torch.zeros(3, 5), torch.zeros(3), torch.zeros(3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("value", [float("nan"), -0.1, float("-inf")])
+def test_bad_options(value):
+    with pytest.raises(ValueError, match=f"^nms_rotated: iou_threshold must be at least 0, got {value}"):
+        detops.nms_rotated(BOXES_3, SCORES_3, value)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "idxs", "message"),
+    [
+        (torch.zeros(3, 4), SCORES_3, None, r"boxes must have shape \[N, 5\], got \[3, 4\]"),
+        (torch.zeros(5), SCORES_3, None, r"boxes must have shape \[N, 5\], got \[5\]"),
+        (torch.zeros(2, 3, 5), SCORES_3, None, r"boxes must have shape \[N, 5\], got \[2, 3, 5\]"),
+        (BOXES_3, torch.zeros(4), None, r"scores must have shape \[N\] with N = 3, got \[4\]"),
+        (BOXES_3.long(), SCORES_3, None, "boxes must be float16, bfloat16, float32 or float64, got int64"),
+        (BOXES_3, SCORES_3.int(), None, "scores must be float16, bfloat16, float32 or float64, got int32"),
+        (BOXES_3, SCORES_3, IDS_3[:2], r"idxs must have shape \[N\] with N = 3, got \[2\]"),
+        (BOXES_3, SCORES_3, IDS_3.float(), "idxs must be an integer tensor, got float32"),
+    ],
+)
+def test_bad_tensors(device, boxes, scores, idxs, message):
+    boxes, scores = boxes.to(device.torch), scores.to(device.torch)
+    with pytest.raises(RuntimeError, match=f"^nms_rotated: {message}$"):
+        detops.nms_rotated(boxes, scores, 0.5, None if idxs is None else idxs.to(device.torch))
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_tensors_on_different_devices(device):
+    with pytest.raises(RuntimeError, match="^nms_rotated: scores must be on the device of boxes"):
+        detops.nms_rotated(BOXES_3.to(device.torch), SCORES_3, 0.5)
+
+
+# A PyTorch citizen, the same on every run.
+
+
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_opcheck(device, n):
+    boxes, scores = device.put(inputs.clustered_rotated_boxes(n)), device.put(inputs.distinct_scores(n))
+    torch.library.opcheck(_library.ops.nms_rotated, (boxes, scores, 0.5, None))
+    torch.library.opcheck(_library.ops.nms_rotated, (boxes, scores, 0.5, device.put(inputs.class_ids(n, 3))))
+
+
+@needs_compiler
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_compile_in_one_graph(device):
+    def thin(boxes, scores, ids):
+        return boxes[detops.nms_rotated(boxes, scores, 0.5)] * 2, scores[
+            detops.nms_rotated(boxes, scores, 0.5, ids)
+        ] + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(thin, fullgraph=True)
+    for n in (40, 60):  # two sizes: the second makes N dynamic
+        arguments = device.put(inputs.clustered_rotated_boxes(n)), device.put(inputs.distinct_scores(n))
+        arguments = *arguments, device.put(inputs.class_ids(n, 3))
+        assert all(map(torch.equal, compiled(*arguments), thin(*arguments)))
+
+
+def test_export_with_any_number_of_boxes():
+    class Thin(torch.nn.Module):
+        def forward(self, boxes, scores):
+            return detops.nms_rotated(boxes, scores, 0.4)
+
+    def arguments(n):
+        return to_torch(inputs.clustered_rotated_boxes(n)), to_torch(inputs.distinct_scores(n))
+
+    dynamic = {0: torch.export.Dim("n", min=2)}
+    program = torch.export.export(Thin(), arguments(40), dynamic_shapes=(dynamic, dynamic))
+    for n in (40, 150):
+        assert torch.equal(program.module()(*arguments(n)), check_by_matrix(*arguments(n), 0.4))
+
+
+def test_any_number_of_threads_and_every_run_give_the_same():
+    boxes, scores = to_torch(inputs.clustered_rotated_boxes(3000)), to_torch(inputs.tied_scores(3000, levels=300))
+    ids, before, results = to_torch(inputs.class_ids(3000, 9)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 8, 8):
+            torch.set_num_threads(threads)
+            results.append([detops.nms_rotated(boxes, scores, 0.4, each).tolist() for each in (None, ids)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(result == results[0] for result in results[1:]) and len(results[0][0]) < len(results[0][1]) < 3000
