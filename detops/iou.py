@@ -226,7 +226,10 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
     """
     boxes1, boxes2 = _share_batch(*_share_dtype(boxes1.detach(), boxes2.detach()))
     if valid is not None and valid.ndim and valid.shape[:-1] != boxes2.shape[:-2]:
-        batch = torch.broadcast_shapes(valid.shape[:-1], boxes2.shape[:-2])
+        try:
+            batch = torch.broadcast_shapes(valid.shape[:-1], boxes2.shape[:-2])
+        except RuntimeError:
+            return _library.ops.max_iou(boxes1, boxes2, valid)  # which names what does not fit
         boxes1, boxes2 = (each.expand(*batch, *each.shape[-2:]) for each in (boxes1, boxes2))
         valid = valid.expand(*batch, valid.shape[-1])
     return _library.ops.max_iou(boxes1, boxes2, valid)
@@ -270,6 +273,8 @@ def _share_rows(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _expand(boxes1: Tensor, boxes2: Tensor, own: int) -> tuple[Tensor, Tensor]:
+    if min(boxes1.ndim, boxes2.ndim) < own:
+        return boxes1, boxes2  # the op says so
     try:
         shared = torch.broadcast_shapes(boxes1.shape[:-own], boxes2.shape[:-own])
     except RuntimeError:

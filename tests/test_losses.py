@@ -175,6 +175,8 @@ def test_ignored_rows_have_no_influence(device, name):
     ignored = tensors[1] == -1
     assert (losses[ignored] == 0).all() and (tensors[0].grad[ignored] == 0).all()
     assert (losses[~ignored] > 0).all() and (tensors[0].grad[~ignored] != 0).all()
+    (gradient,) = torch.autograd.grad(function_of(name)(*tensors, reduction="sum") * np.inf, tensors[0])
+    assert (gradient[ignored] == 0).all()
     kept = [tensor[~ignored] for tensor in tensors]
     for reduction, share in (("sum", 1.0), ("mean", len(kept[0]) / len(x))):
         torch.testing.assert_close(

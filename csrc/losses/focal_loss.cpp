@@ -45,12 +45,13 @@ class FocalTargets {
   }
 
   // Puts 0 where the results [begin, end) belong to an ignored row.
-  void ignore(int64_t begin, int64_t end, T* results) const {
+  template <class Result>
+  void ignore(int64_t begin, int64_t end, Result* results) const {
     if (dense_) return;
     for (int64_t row = begin / classes_; row * classes_ < end; ++row) {
       if (class_counts(labels_[row], classes_)) continue;
       const int64_t first = max_of(row * classes_, begin), last = min_of((row + 1) * classes_, end);
-      std::fill(results + (first - begin), results + (last - begin), T(0));
+      std::fill(results + (first - begin), results + (last - begin), static_cast<Result>(0.0f));
     }
   }
 
@@ -102,8 +103,8 @@ void focal_loss_backward_cpu(const Upstream& upstream, const FocalTensors& tenso
           const int64_t begin = block * kLossBlock, end = min_of(begin + kLossBlock, count);
           gradients(widened(inputs + begin, end - begin, wide_inputs), targets.block(begin, end, block_targets),
                     end - begin, options, slopes);
-          targets.ignore(begin, end, slopes);
           multiply(slopes, grad, begin, end, result);
+          targets.ignore(begin, end, result + begin);
         }
       });
     });

@@ -5,8 +5,9 @@
     python tests/emulation/run.py --sanitize thread --seed 7   races, with small inputs and a shuffled schedule
     python tests/emulation/run.py --sanitize init              reads of shared memory that nothing has written
 
-Ends with a status other than 0 if a test fails, something is reported, or a kernel of these families was not run. Needs
-g++, torch and an importable detops; without pytest, smoke.py takes the tests' place.
+Ends with a status other than 0 if a test fails, something is reported, or a kernel of these families was not run; with
+`thread` the latter is only said, as small inputs do not reach every kernel. Needs g++, torch and an importable detops;
+without pytest, smoke.py takes the tests' place.
 """
 
 import argparse
@@ -56,6 +57,11 @@ def kernels_not_run(names: list[str], log: Path, csrc: Path = CSRC) -> set[str]:
     return set().union(*map(kernels_in, folders)) - ran
 
 
+def small(options: argparse.Namespace) -> bool:
+    """Whether the tests are asked for small inputs, which need not reach every kernel."""
+    return options.sanitize == "thread"
+
+
 def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[str, str]:
     every = {
         **os.environ,
@@ -80,7 +86,7 @@ def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[s
     }
     if (ROOT / "detops" / "_C.abi3.so").exists():
         every["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    if options.sanitize == "thread":
+    if small(options):
         every["DETOPS_TEST_SMALL"] = "1"
     if options.sanitize in PRELOADED:
         every["LD_PRELOAD"] = " ".join(map(compiler_file, PRELOADED[options.sanitize]))
@@ -142,7 +148,8 @@ def main() -> int:
     print(f"build {built - started:.0f} s, tests {time.monotonic() - built:.0f} s, status {status}")
     if missing and HAS_PYTEST and not options.pytest_k:
         print(f"no test ran: {', '.join(sorted(missing))}")
-        status = status or 1
+        if not small(options):
+            status = status or 1
     return status if 0 <= status < 256 else 1
 
 
