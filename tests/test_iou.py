@@ -1,7 +1,6 @@
 """box_iou and its relatives on upright boxes: values, shapes, dtypes and errors. Gradients: test_iou_gradient.py."""
 
 import shutil
-import subprocess
 import sys
 from fractions import Fraction
 
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import to_numpy, to_torch
+from memory import peak_growth
 from reference import iou as reference
 
 import detops
@@ -372,18 +372,9 @@ def test_export_with_any_number_of_boxes(kind):
     expect_equal(program.module()(boxes1, boxes2), reference.box_iou(to_numpy(boxes1), to_numpy(boxes2), kind), kind)
 
 
-MEMORY = """
-import resource, torch, detops
-boxes = torch.rand(8000, 4).cumsum(1)
-detops.{name}(boxes[:99], boxes[:99])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out = detops.{name}(boxes, boxes)
-print(out.nbytes, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_memory_is_the_output(kind):
-    script = MEMORY.format(name=NAMES[kind])
-    output, extra = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    name = NAMES[kind]
+    prepare = f"boxes = torch.rand(8000, 4).cumsum(1); detops.{name}(boxes[:99], boxes[:99])"
+    output, extra = peak_growth(prepare, f"detops.{name}(boxes, boxes)", "result.nbytes")
     assert output == 256e6 and extra < output + 2e6

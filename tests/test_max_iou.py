@@ -1,7 +1,6 @@
 """max_iou: equal to the definition in reference/iou.py, values and indices, and never the matrix."""
 
 import shutil
-import subprocess
 import sys
 
 import inputs
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import to_numpy, to_torch
+from memory import peak_growth
 from reference import iou as reference
 
 import detops
@@ -301,25 +301,20 @@ def test_any_number_of_threads_and_every_run_give_the_same(device):
         torch.set_num_threads(before)
 
 
-MEMORY = """
-import resource, torch, detops
+PREPARE = """
 torch.manual_seed(0)
-corner, side = torch.rand({rows}, 2) * 4000, torch.rand({rows}, 2) * 60 + 5
+corner, side = torch.rand(200_000, 2) * 4000, torch.rand(200_000, 2) * 60 + 5
 boxes1 = torch.cat([corner, corner + side], 1)
 boxes2 = boxes1[:{columns}].clone()
 detops.max_iou(boxes1[:99], boxes2)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-values, indices = detops.max_iou(boxes1, boxes2)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(int(values[0] == 1), (after - before) * 1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 @pytest.mark.parametrize("columns", [100, 600])
 def test_the_matrix_is_never_made(columns):
-    script = MEMORY.format(rows=200_000, columns=columns)
-    right, extra = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    prepare = PREPARE.format(columns=columns)
+    right, extra = peak_growth(prepare, "detops.max_iou(boxes1, boxes2)", "int(result[0][0] == 1)")
     # The results take 2.4 MB; the matrix would take 80 MB, or 480 MB.
     assert right == 1 and extra < 4.4e6
 

@@ -1,7 +1,6 @@
 """nms and batched_nms: equal, index for index, to the definition in reference/nms.py."""
 
 import shutil
-import subprocess
 import sys
 
 import inputs
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import KINDS, THRESHOLDS, to_numpy, to_torch
+from memory import peak_growth
 from reference import nms as reference
 
 import detops
@@ -398,16 +398,10 @@ def test_the_same_on_every_run(device):
     assert all(detops.nms(boxes, scores, 0.5).tolist() == first for _ in range(3))
 
 
-MEMORY = """
-import resource, torch, detops
+PREPARE = """
 torch.manual_seed(0)
 corner, side = torch.rand(200_000, 2) * 4000, torch.rand(200_000, 2) * 60 + 5
 boxes, scores, ids = torch.cat([corner, corner + side], 1), torch.rand(200_000), torch.randint(80, (200_000,))
-{warm}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-keep = {call}
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(len(keep), (after - before) * 1024)
 """
 
 
@@ -415,8 +409,7 @@ print(len(keep), (after - before) * 1024)
 @pytest.mark.parametrize("call", ["detops.nms(boxes, scores, 0.7)", "detops.batched_nms(boxes, scores, ids, 0.7)"])
 def test_extra_memory_follows_the_number_of_boxes(call):
     warm = call.replace("boxes, scores", "boxes[:99], scores[:99]").replace("ids", "ids[:99]")
-    script = MEMORY.format(call=call, warm=warm)
-    kept, extra = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    kept, extra = peak_growth(PREPARE + warm, call, "len(result)")
     # A bit mask of all pairs would be 5 GB, a list of neighbours about 1 GB.
     assert kept > 10_000 and extra < 100e6
 
