@@ -133,7 +133,7 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
     Source: torchvision.ops.clip_boxes_to_image.
     """
-    height, width = size
+    height, width = size if len(size) == 2 else (-1, -1)
     if not (height >= 0 and width >= 0):  # so that NaN fails too
         raise ValueError(f"clip_boxes_to_image: size must be (height, width), each at least 0, got {tuple(size)}")
     if _kernel_serves(boxes):

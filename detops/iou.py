@@ -252,7 +252,9 @@ def _compare_rotated(boxes1: Tensor, boxes2: Tensor, fmt: str, aligned: bool) ->
 
 
 def _share_dtype(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the result."""
+    """Both in the dtype of the result; complex boxes as they are, for the op to refuse."""
+    if boxes1.is_complex() or boxes2.is_complex():
+        return boxes1, boxes2
     double = boxes1.dtype == torch.float64 or boxes2.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     return boxes1.to(dtype), boxes2.to(dtype)

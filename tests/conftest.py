@@ -3,7 +3,7 @@
 DETOPS_TEST_DEVICES=cpu,emulated     only these devices; tests that name no device belong to "cpu"
 DETOPS_EMULATION=0                   never the emulated CUDA kernels
 DETOPS_EMULATED_LIBRARY=path         a ready-built emulated library, instead of building one
-DETOPS_TEST_SMALL=1                  fewer boxes under emulation, for the slower sanitizers
+DETOPS_TEST_SMALL=1                  fewer boxes and fewer cases of a test under emulation, for the slower sanitizers
 """
 
 import functools
@@ -113,17 +113,41 @@ def scores_dtype(request):
     return request.param
 
 
+@pytest.fixture
+def torchvision():
+    """torchvision, where it is installed; a test that uses it is marked "parity"."""
+    return pytest.importorskip("torchvision")
+
+
 def pytest_generate_tests(metafunc):
     _chosen_devices()  # refuses a misspelt name before anything runs
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what DETOPS_TEST_DEVICES leaves out."""
+    """Leave out what DETOPS_TEST_DEVICES and DETOPS_TEST_SMALL leave out; mark the tests of parity with torchvision."""
+    for item in items:
+        if "torchvision" in getattr(item, "fixturenames", ()):
+            item.add_marker("parity")
     chosen = _chosen_devices()
     keep = [item for item in items if _device_of(item) in chosen]
+    if os.environ.get("DETOPS_TEST_SMALL") == "1":
+        keep = _some_of_each_test(keep)
     if len(keep) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if _device_of(item) not in chosen])
+        kept = set(keep)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = keep
+
+
+def _some_of_each_test(items, most=12):
+    """At most this many cases of each test, evenly spread over its parameters."""
+    cases = {}
+    for item in items:
+        cases.setdefault(item.nodeid.split("[")[0], []).append(item)
+    return [
+        case
+        for every in cases.values()
+        for case in (every if len(every) <= most else [every[i * len(every) // most] for i in range(most)])
+    ]
 
 
 def _device_of(item):

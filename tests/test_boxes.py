@@ -213,7 +213,7 @@ def test_bad_options():
         detops.box_convert(boxes, "xyxy", "xywhr")
     with pytest.raises(NotImplementedError, match="^box_convert: out_fmt must be a format with rotation, .*'cxcywh'"):
         detops.box_convert(torch.zeros(2, 5), "cxcywhr", "cxcywh")
-    for size in ((-1, 5), (5, float("nan"))):
+    for size in ((-1, 5), (5, float("nan")), (5,), (1, 2, 3)):
         with pytest.raises(ValueError, match=r"^clip_boxes_to_image: size must be \(height, width\), .*, got \("):
             detops.clip_boxes_to_image(boxes, size)
     with pytest.raises(ValueError, match="^remove_small_boxes: min_size must be a number, got nan"):
@@ -295,8 +295,8 @@ def test_export_with_any_number_of_boxes():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.uint8, torch.int32, torch.int64])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_the_values_and_gradients_of_torchvision(dtype, gradient):
-    ops = pytest.importorskip("torchvision").ops
+def test_the_values_and_gradients_of_torchvision(torchvision, dtype, gradient):
+    ops = torchvision.ops
     if gradient and not dtype.is_floating_point:
         pytest.skip("integers have no gradient")
 
@@ -323,8 +323,8 @@ def test_the_values_and_gradients_of_torchvision(dtype, gradient):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_areas_of_halves_as_torchvision(dtype):
-    ops = pytest.importorskip("torchvision").ops
+def test_areas_of_halves_as_torchvision(torchvision, dtype):
+    ops = torchvision.ops
     boxes = to_torch(boxes_in("xyxy", 100), dtype)
     for fmt in UNROTATED:
         assert torch.equal(detops.box_area(boxes, fmt), ops.box_area(boxes, fmt))

@@ -34,11 +34,6 @@ def kind(request):
     return request.param
 
 
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")  # here, so that every test shows as skipped where it is missing
-
-
 def expect_equal(got, expected, kind):
     """Value by value, NaN included. The atan of a complete IoU rounds differently where it is computed in float64."""
     assert got.shape == expected.shape and to_numpy(got).dtype == expected.dtype and got.is_contiguous()
@@ -298,6 +293,8 @@ BOXES = torch.zeros(3, 4)
         (BOXES, torch.zeros(3, 1), True, r"boxes2 must have shape \[..., 4\], got \[3, 1\]"),
         (BOXES, torch.tensor(1.0), True, r"boxes2 must have shape \[..., 4\], got \[\]"),
         (BOXES, torch.zeros(2, 4), True, r"boxes2 must have the shape of boxes1 \(\[3, 4\]\), got \[2, 4\]"),
+        (BOXES.to(torch.complex64), BOXES, False, "boxes1 must be float32 or float64, got complex64"),
+        (BOXES, BOXES.to(torch.complex64), True, r"boxes2 must have the dtype of boxes1 \(float32\), got complex64"),
     ],
 )
 def test_bad_shapes(device, kind, boxes1, boxes2, aligned, message):

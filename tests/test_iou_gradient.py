@@ -186,8 +186,7 @@ def test_disjoint_boxes(device, kind):
 
 
 @pytest.mark.parametrize("kind", ["iou", "generalized", "distance", "complete"])
-def test_equals_torchvision_in_float32(device, kind):
-    torchvision = pytest.importorskip("torchvision")
+def test_equals_torchvision_in_float32(torchvision, device, kind):
     boxes1, boxes2 = to_torch(loose_boxes(90)), to_torch(loose_boxes(60, seed=1))
     weights = random_weights((90, 60), boxes1)
     expected = gradients(getattr(torchvision.ops, NAMES[kind]), boxes1, boxes2, weights)

@@ -74,9 +74,8 @@ def test_reference_equals_upright_boxes():
         np.testing.assert_allclose(reference.rotated_box_iou(boxes, boxes), upright, rtol=0, atol=1e-14)
 
 
-def test_corners_are_those_of_torchvision():
+def test_corners_are_those_of_torchvision(torchvision):
     # Which states the sign of the angle: a box is turned counter-clockwise as one looks at the image.
-    torchvision = pytest.importorskip("torchvision")
     boxes = inputs.rotated_boxes(50)
     corners = torchvision.ops.box_convert(to_torch(boxes, torch.float64), "cxcywhr", "xywhr")
     corners = torchvision.ops.box_convert(corners, "xywhr", "xyxyxyxy")

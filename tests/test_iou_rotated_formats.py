@@ -38,8 +38,7 @@ def test_formats(device, fmt):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_equals_torchvision(device, fmt):
-    torchvision = pytest.importorskip("torchvision")
+def test_equals_torchvision(torchvision, device, fmt):
     boxes1, boxes2 = to_torch(inputs.rotated_boxes(80)), to_torch(inputs.clustered_rotated_boxes(80, extent=100))
     if fmt != "cxcywhr":
         boxes1, boxes2 = (torchvision.ops.box_convert(each, "cxcywhr", fmt) for each in (boxes1, boxes2))

@@ -14,11 +14,6 @@ REDUCTIONS = ("none", "mean", "sum")
 IOU_LOSSES = ("generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss")
 
 
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")  # here, so that every test shows as skipped where it is missing
-
-
 def compare(ours, theirs, leaves, tolerance):
     """Losses and their gradients; torchvision computes on the CPU."""
     got, expected = [], []

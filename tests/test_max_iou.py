@@ -191,8 +191,7 @@ def test_dtypes(device, boxes_dtype):
 
 
 @pytest.mark.parametrize("images", [1, 3])
-def test_equals_the_best_of_the_matrix(device, images):
-    torchvision = pytest.importorskip("torchvision")
+def test_equals_the_best_of_the_matrix(torchvision, device, images):
     boxes1 = to_torch(inputs.clustered_boxes(images * 200).reshape(images, 200, 4))
     boxes2 = to_torch(inputs.clustered_boxes(90, seed=0))
     matrix = torchvision.ops.box_iou(boxes1, boxes2)

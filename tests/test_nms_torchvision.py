@@ -12,11 +12,6 @@ import detops
 
 
 @pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")  # here, so that every test shows as skipped where it is missing
-
-
-@pytest.fixture
 def by_class(torchvision):
     """The loop over classes: torchvision's usual path adds offsets, which is where its bugs are."""
     return torchvision.ops.boxes._batched_nms_vanilla

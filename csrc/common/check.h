@@ -47,6 +47,8 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
     default: return "dtype number " + std::to_string(static_cast<int>(dtype));
   }
 }
