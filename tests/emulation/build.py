@@ -6,6 +6,8 @@ torch's namespace `detops_emulated`. Needs g++ and torch.
 Object files and libraries are kept in build/emulation, under names that depend on everything that went into them.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -80,13 +82,22 @@ def link_objects(name, sources, sanitize, compile_flags, link_flags, salt, suffi
     runtime = [*STANDARD, *RUNTIME_ALWAYS, *flags["runtime"], *runtime_flags]
     hidden = ["-fvisibility=hidden"]
     salt = [*salt, *text_of_headers(EMULATION)]
-    with ThreadPoolExecutor(2) as pool:
+    with only_one_builds(), ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = [pool.submit(compile_one, source, [*checked, *hidden], salt) for source in sources]
         objects += [pool.submit(compile_one, source, [*runtime, *hidden], salt) for source in RUNTIME]
         objects = [job.result() for job in objects]
     command = ["g++", *map(str, objects), *flags["link"], *link_flags]
     output = CACHE / f"{name}-{sanitize}-{digest(command)}{suffix}"
     return produce(command, output)
+
+
+@contextlib.contextmanager
+def only_one_builds():
+    """Of several processes: the others wait, and then find what they need."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def compile_one(source: Path, flags: list[str], salt: list[str]) -> Path:
@@ -97,10 +108,9 @@ def compile_one(source: Path, flags: list[str], salt: list[str]) -> Path:
 
 
 def produce(command: list[str], output: Path) -> Path:
-    """Runs a compiler unless its output is there already. Others may do the same at the same time."""
+    """Runs a compiler unless its output is there already."""
     if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = output.with_name(f"{os.getpid()}-{output.name}")
+        unfinished = output.with_name(f"{os.getpid()}-{output.name}")  # not taken for the output if this is cut off
         result = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

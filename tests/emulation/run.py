@@ -19,12 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from build import CSRC, EMULATION, FLAGS, ROOT, build
 
 TESTS = ROOT / "tests"
 HAS_PYTEST = importlib.util.find_spec("pytest") is not None
+NO_TESTS = 5  # pytest's status where -k chose none
 # To be loaded before anything else. AddressSanitizer looks for the C++ runtime's exceptions when it starts.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
 
@@ -50,10 +52,9 @@ def kernels_in(folder: Path) -> set[str]:
     return found
 
 
-def kernels_not_run(names: list[str], log: Path, csrc: Path = CSRC) -> set[str]:
-    """Kernels of these families that are not in the log; with all families, of everything in csrc."""
+def kernels_not_run(names: list[str], ran: set[str], csrc: Path = CSRC) -> set[str]:
+    """Kernels of these families that did not run; with all families, of everything in csrc."""
     folders = [csrc] if set(names) == set(families(csrc)) else [csrc / name for name in names]
-    ran = set(log.read_text().split()) if log.exists() else set()
     return set().union(*map(kernels_in, folders)) - ran
 
 
@@ -104,14 +105,31 @@ def compiler_file(name: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def tests_command(names: list[str], options: argparse.Namespace) -> list[str]:
+def tests_command(family: str, options: argparse.Namespace) -> list[str]:
     if not HAS_PYTEST:
-        print("no pytest here: running the examples of the docstrings in place of the tests", flush=True)
-        return [sys.executable, str(EMULATION / "smoke.py"), *names]
-    files = sorted({file for name in names for file in test_files(name)})
+        return [sys.executable, str(EMULATION / "smoke.py"), family]
     chosen = [*(["-k", options.pytest_k] if options.pytest_k else []), *(["-x"] if options.first else [])]
     # Not captured at the level of file descriptors: what a sanitizer writes before it ends the process must be seen.
-    return [sys.executable, "-m", "pytest", "-q", "--capture=sys", "-p", "no:cacheprovider", *chosen, *files]
+    capture = ["--capture=sys", "-p", "no:cacheprovider"]
+    return [sys.executable, "-m", "pytest", "-q", *capture, *chosen, *test_files(family)]
+
+
+def run_family(family: str, library: Path, log: Path, options: argparse.Namespace) -> int:
+    """Runs the tests of a family in a process of its own and prints what they printed; returns their status."""
+    result = subprocess.run(
+        tests_command(family, options),
+        env=environment(library, log, options),
+        cwd=TESTS,
+        preexec_fn=fix_addresses,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    print(f"=== {family}\n{result.stdout}", flush=True)
+    if HAS_PYTEST and options.pytest_k and result.returncode == NO_TESTS:
+        return 0
+    return result.returncode
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -137,14 +155,17 @@ def main() -> int:
     started = time.monotonic()
     library = build(options.sanitize, options.csrc.resolve())
     built = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "kernels"
-        command = tests_command(names, options)
-        run_environment = environment(library, log, options)
-        status = subprocess.run(command, env=run_environment, cwd=TESTS, preexec_fn=fix_addresses).returncode
-        missing = kernels_not_run(names, log, options.csrc)
-        ran = len(log.read_text().split()) if log.exists() else 0
-    print(f"emulation: sanitize={options.sanitize} seed={options.seed}, {ran} kernels run, ", end="")
+    if not HAS_PYTEST:
+        print("no pytest here: running the examples of the docstrings in place of the tests", flush=True)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
+        names = sorted(names, key=lambda name: -len(test_files(name)))  # the longest first
+        logs = [Path(folder) / name for name in names]
+        jobs = [pool.submit(run_family, name, library, log, options) for name, log in zip(names, logs, strict=True)]
+        statuses = [job.result() for job in jobs]
+        ran = set().union(*(log.read_text().split() for log in logs if log.exists()))
+    status = next((status for status in statuses if status), 0)
+    missing = kernels_not_run(names, ran, options.csrc)
+    print(f"emulation: sanitize={options.sanitize} seed={options.seed}, {len(ran)} kernels run, ", end="")
     print(f"build {built - started:.0f} s, tests {time.monotonic() - built:.0f} s, status {status}")
     if missing and HAS_PYTEST and not options.pytest_k:
         print(f"no test ran: {', '.join(sorted(missing))}")
