@@ -17,6 +17,16 @@ from .boxes import (
     pad_ground_truth,
     remove_small_boxes,
 )
+from .coders import (
+    BoxCoder,
+    YoloPredictions,
+    decode_boxes,
+    decode_dfl,
+    decode_ltrb,
+    decode_yolo,
+    encode_boxes,
+    encode_ltrb,
+)
 from .iou import (
     box_ioa,
     box_iou,
@@ -42,8 +52,10 @@ from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 __version__ = _library.version
 
 __all__ = [
+    "BoxCoder",
     "Detections",
     "GroundTruth",
+    "YoloPredictions",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -52,11 +64,17 @@ __all__ = [
     "clip_boxes_to_image",
     "complete_box_iou",
     "complete_box_iou_loss",
+    "decode_boxes",
+    "decode_dfl",
+    "decode_ltrb",
+    "decode_yolo",
     "distance_box_iou",
     "distance_box_iou_loss",
     "distribution_focal_loss",
     "efficient_box_iou",
     "efficient_box_iou_loss",
+    "encode_boxes",
+    "encode_ltrb",
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "masks_to_boxes",

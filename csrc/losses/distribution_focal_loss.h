@@ -10,7 +10,7 @@
 #pragma once
 
 #include "common/math.h"
-#include "losses/logistic.h"
+#include "common/logistic.h"
 #include "losses/loss.h"
 
 namespace DETOPS_NAMESPACE {

@@ -1,4 +1,5 @@
-// The logistic function and its logarithm, as the focal losses need them: one exponential, one division, no branch.
+// The exponential and the logistic function in the precision of their argument: one exponential, one division, no
+// branch.
 //
 // common/math.h works in double. Here a float stays a float, which is twice as fast on a CPU and many times on a GPU
 // (most have few units for double). As there, only +, -, *, / and bit operations: the same bits on every device.
@@ -9,10 +10,9 @@
 
 namespace DETOPS_NAMESPACE {
 
-// e^x for x <= 0: x = k ln2 + r, |r| <= ln2 / 2, e^x = 2^k (1 + r + r^2 P(r)).
-DETOPS_HD float exp_of_nonpositive(float x) {
+// e^x for x in [-104, 89] or NaN: x = k ln2 + r, |r| <= ln2 / 2, e^x = 2^k (1 + r + r^2 P(r)).
+DETOPS_HD float exp_in_range(float x) {
   constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
-  x = max_of(-104.0f, x);                  // below is 0; a NaN passes
   const float shifted = x * 1.44269504f + kRounder;
   const float k = shifted - kRounder;
   const float r = x - k * 0.693359375f - k * -2.12194440e-4f;  // ln2 in two parts, k times the first is exact
@@ -22,7 +22,35 @@ DETOPS_HD float exp_of_nonpositive(float x) {
   const uint32_t half = exponents >> 1;
   return (1.0f + (r + r * r * series)) * bit_cast<float>(half << 23) * bit_cast<float>((exponents - half) << 23);
 }
+
+// e^x for x <= 0. Below -104 it is 0.
+DETOPS_HD float exp_of_nonpositive(float x) { return exp_in_range(max_of(-104.0f, x)); }
 DETOPS_HD double exp_of_nonpositive(double x) { return math::exp(x); }
+
+// e^x. Above 89 it is infinite.
+DETOPS_HD float exponential(float x) { return exp_in_range(max_of(-104.0f, min_of(89.0f, x))); }
+DETOPS_HD double exponential(double x) { return math::exp(x); }
+
+// The natural logarithm; -infinity at 0 and -0, NaN below. x = 2^k (1 + f), sqrt(1/2) <= 1 + f < sqrt(2), and
+// log(1 + f) = 2 atanh(s) = f - s (f - R), s = f / (2 + f), R = 2 s^2 (1/3 + s^2/5 + s^4/7 + s^6/9).
+DETOPS_HD float logarithm(float x) {
+  const bool subnormal = x < 1.17549435e-38f;
+  const uint32_t bits = bit_cast<uint32_t>(subnormal ? x * 8388608.0f : x);    // 2^23
+  const uint32_t biased = (bits + (uint32_t(128) << 23) - 0x3f3504f3u) >> 23;  // k + 128; sqrt(1/2)
+  const float k = static_cast<float>(static_cast<int32_t>(biased) - 128) - (subnormal ? 23.0f : 0.0f);
+  const float f = bit_cast<float>(bits - (biased << 23) + (uint32_t(128) << 23)) - 1.0f;
+  const float s = f / (2.0f + f);
+  const float z = s * s;
+  const float rest = z * (0.666666667f + z * (0.4f + z * (0.285714286f + z * 0.222222222f)));
+  const float high = k * 0.693359375f;  // exact
+  const float sum = high + f;           // exact but for `low`: high is 0 or the greater one
+  const float low = f - (sum - high);
+  const float value = sum + (low + (k * -2.12194440e-4f - s * (f - rest)));
+  const float at_most_zero =
+      x == 0.0f ? -static_cast<float>(math::detail::infinity) : static_cast<float>(math::detail::not_a_number);
+  return x > 0.0f ? (x - x == 0.0f ? value : x) : at_most_zero;
+}
+DETOPS_HD double logarithm(double x) { return math::log(x); }
 
 // What a logit x says of a class.
 template <class T>

@@ -1,0 +1,202 @@
+// decode_dfl: schema, checks, and the CPU kernels.
+#include "coders/decode_dfl.h"
+
+#include <vector>
+
+#include "common/parallel_cpu.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+constexpr int kLanes = 32;       // rows that are computed together
+constexpr int64_t kGrain = 256;  // rows that are worth a thread
+
+// A few rows, bin by bin: `values` [bins][kLanes] holds x - max(x) and then its exponential.
+template <class T>
+struct Softmax {
+  T* values;
+  T sum[kLanes], mean[kLanes];  // of the exponentials, and of the bins weighted by them
+};
+
+template <class T>
+DETOPS_CLONES void compute_softmax(int64_t bins, Softmax<T>& softmax) {
+  T max[kLanes], moment[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) max[lane] = softmax.values[lane];
+  for (int64_t bin = 1; bin < bins; ++bin) {
+    const T* const row = softmax.values + bin * kLanes;
+    for (int lane = 0; lane < kLanes; ++lane) max[lane] = max_of(max[lane], row[lane]);
+  }
+  for (int lane = 0; lane < kLanes; ++lane) softmax.sum[lane] = moment[lane] = T(0);
+  for (int64_t bin = 0; bin < bins; ++bin) {
+    T* const row = softmax.values + bin * kLanes;
+    const T number = static_cast<T>(bin);
+#pragma GCC ivdep
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const T e = exp_of_nonpositive(row[lane] - max[lane]);
+      row[lane] = e;
+      softmax.sum[lane] += e;
+      moment[lane] += number * e;
+    }
+  }
+  for (int lane = 0; lane < kLanes; ++lane) softmax.mean[lane] = moment[lane] / softmax.sum[lane];
+}
+
+// Reads `count` neighbouring rows. Lanes without a row hold 0.
+template <class S, class T>
+DETOPS_CLONES void read_rows(const S* first, const BinShape& shape, int64_t count, T* __restrict__ values) {
+  if (shape.inner == 1) {
+    if (count < kLanes) {
+      for (int64_t i = 0; i < shape.bins * kLanes; ++i) values[i] = T(0);
+    }
+    for (int64_t lane = 0; lane < count; ++lane) {
+      const S* const row = first + lane * shape.bins;
+      for (int64_t bin = 0; bin < shape.bins; ++bin) values[bin * kLanes + lane] = static_cast<T>(row[bin]);
+    }
+    return;
+  }
+  for (int64_t bin = 0; bin < shape.bins; ++bin) {
+    const S* const row = first + bin * shape.inner;
+    T* const target = values + bin * kLanes;
+    for (int64_t lane = 0; lane < count; ++lane) target[lane] = static_cast<T>(row[lane]);
+    for (int64_t lane = count; lane < kLanes; ++lane) target[lane] = T(0);
+  }
+}
+
+// Writes scale[lane] * values[bin][lane] * (bin - mean[lane]).
+template <class S, class T>
+DETOPS_CLONES void write_gradients(const Softmax<T>& softmax, const T* scale, const BinShape& shape, int64_t count,
+                                   S* __restrict__ first) {
+  const int64_t bin_step = shape.inner, lane_step = shape.inner == 1 ? shape.bins : 1;
+  for (int64_t bin = 0; bin < shape.bins; ++bin) {
+    const T number = static_cast<T>(bin);
+    T gradients[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) {
+      gradients[lane] = scale[lane] * softmax.values[bin * kLanes + lane] * (number - softmax.mean[lane]);
+    }
+    S* const row = first + bin * bin_step;
+    for (int64_t lane = 0; lane < count; ++lane) row[lane * lane_step] = static_cast<S>(gradients[lane]);
+  }
+}
+
+// Calls body(first row, where its logits begin, rows) for [begin, end), so that rows lie at steps of 1 or `bins`.
+template <class Body>
+void each_tile(const BinShape& shape, int64_t begin, int64_t end, const Body& body) {
+  for (int64_t row = begin; row < end;) {
+    int64_t count = min_of<int64_t>(kLanes, end - row), offset = row * shape.bins;
+    if (shape.inner > 1) {
+      const int64_t column = row % shape.inner;
+      count = min_of(count, shape.inner - column);
+      offset = row / shape.inner * shape.bins * shape.inner + column;
+    }
+    body(row, offset, count);
+    row += count;
+  }
+}
+
+void decode_dfl_cpu(const Tensor& logits, const BinShape& shape, const Tensor& out) {
+  dispatch_floating(logits.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = ComputeType<S>;
+    const S* const data = logits.const_data_ptr<S>();
+    S* const result = out.mutable_data_ptr<S>();
+    parallel_ranges(shape.rows(), kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<T> values(shape.bins * kLanes);
+      Softmax<T> softmax{values.data(), {}, {}};
+      each_tile(shape, begin, end, [&](int64_t row, int64_t offset, int64_t count) {
+        read_rows(data + offset, shape, count, softmax.values);
+        compute_softmax(shape.bins, softmax);
+        for (int64_t lane = 0; lane < count; ++lane) result[row + lane] = static_cast<S>(softmax.mean[lane]);
+      });
+    });
+  });
+}
+
+void decode_dfl_backward_cpu(const Tensor& grad, const Tensor& logits, const BinShape& shape, const Tensor& out) {
+  dispatch_floating(logits.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = ComputeType<S>;
+    const S *const data = logits.const_data_ptr<S>(), *const upstream = grad.const_data_ptr<S>();
+    S* const result = out.mutable_data_ptr<S>();
+    parallel_ranges(shape.rows(), kGrain, [&](int64_t begin, int64_t end) {
+      std::vector<T> values(shape.bins * kLanes);
+      Softmax<T> softmax{values.data(), {}, {}};
+      T scale[kLanes] = {};
+      each_tile(shape, begin, end, [&](int64_t row, int64_t offset, int64_t count) {
+        read_rows(data + offset, shape, count, softmax.values);
+        compute_softmax(shape.bins, softmax);
+        for (int64_t lane = 0; lane < count; ++lane) {
+          scale[lane] = static_cast<T>(upstream[row + lane]) / softmax.sum[lane];
+        }
+        write_gradients(softmax, scale, shape, count, result + offset);
+      });
+    });
+  });
+}
+
+constexpr const char* kOp = "decode_dfl";
+
+// Checks the logits; the sizes of the distances go to `sizes`.
+BinShape checked_shape(const Tensor& logits, int64_t dim, std::vector<int64_t>& sizes) {
+  check_floating(kOp, "logits", logits);
+  const int64_t dims = logits.dim(), bins_dim = dim < 0 ? dim + dims : dim;
+  if (bins_dim < 0 || bins_dim >= dims) {
+    fail(kOp, "dim must be a dimension of logits " + shape_text(logits) + ", got " + std::to_string(dim));
+  }
+  BinShape shape{1, logits.size(bins_dim), 1};
+  if (shape.bins == 0) fail(kOp, "logits must have at least 1 bin, got shape " + shape_text(logits));
+  for (int64_t i = 0; i < dims; ++i) {
+    if (i == bins_dim) continue;
+    (i < bins_dim ? shape.outer : shape.inner) *= logits.size(i);
+    sizes.push_back(logits.size(i));
+  }
+  return shape;
+}
+
+Tensor decode_dfl(const Tensor& logits, int64_t dim) {
+  std::vector<int64_t> sizes;
+  const BinShape shape = checked_shape(logits, dim, sizes);
+  const Tensor out = allocate(kOp, sizes, logits.scalar_type(), logits);
+  if (shape.rows() == 0) return out;
+  if (on_gpu(kOp, logits)) {
+    DETOPS_GPU_ONLY(decode_dfl_cuda(as_contiguous(logits), shape, out));
+  } else {
+    decode_dfl_cpu(as_contiguous(logits), shape, out);
+  }
+  return out;
+}
+
+Tensor decode_dfl_backward(const Tensor& grad, const Tensor& logits, int64_t dim) {
+  std::vector<int64_t> sizes;
+  const BinShape shape = checked_shape(logits, dim, sizes);
+  bool same = grad.dim() == static_cast<int64_t>(sizes.size());
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = grad.size(static_cast<int64_t>(i)) == sizes[i];
+  if (!same) fail(kOp, "grad must have the shape of the distances, got " + shape_text(grad));
+  if (grad.scalar_type() != logits.scalar_type()) {
+    fail(kOp, "grad must be " + dtype_name(logits.scalar_type()) + ", got " + dtype_name(grad.scalar_type()));
+  }
+  check_same_device(kOp, "grad", grad, "logits", logits);
+  std::vector<int64_t> all_sizes;
+  for (int64_t i = 0; i < logits.dim(); ++i) all_sizes.push_back(logits.size(i));
+  const Tensor out = allocate(kOp, all_sizes, logits.scalar_type(), logits);
+  if (shape.rows() == 0) return out;
+  if (on_gpu(kOp, logits)) {
+    DETOPS_GPU_ONLY(decode_dfl_backward_cuda(as_contiguous(grad), as_contiguous(logits), shape, out));
+  } else {
+    decode_dfl_backward_cpu(as_contiguous(grad), as_contiguous(logits), shape, out);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def("decode_dfl(Tensor logits, int dim) -> Tensor");
+  m.def("decode_dfl_backward(Tensor grad, Tensor logits, int dim) -> Tensor");
+}
+
+DETOPS_REGISTER(m) {
+  m.impl("decode_dfl", TORCH_BOX(&decode_dfl));
+  m.impl("decode_dfl_backward", TORCH_BOX(&decode_dfl_backward));
+}
+
+}  // namespace DETOPS_NAMESPACE
