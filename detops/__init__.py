@@ -37,6 +37,7 @@ from .losses import (
     siou_loss,
     varifocal_loss,
 )
+from .matching import Matches, match_max_iou, match_ssd
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
@@ -44,6 +45,7 @@ __version__ = _library.version
 __all__ = [
     "Detections",
     "GroundTruth",
+    "Matches",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -60,6 +62,8 @@ __all__ = [
     "generalized_box_iou",
     "generalized_box_iou_loss",
     "masks_to_boxes",
+    "match_max_iou",
+    "match_ssd",
     "max_iou",
     "multiclass_nms",
     "nms",
