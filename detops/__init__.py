@@ -37,7 +37,7 @@ from .losses import (
     siou_loss,
     varifocal_loss,
 )
-from .matching import Matches, match_max_iou, match_ssd
+from .matching import Matcher, Matches, match_max_iou, match_ssd
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
@@ -45,6 +45,7 @@ __version__ = _library.version
 __all__ = [
     "Detections",
     "GroundTruth",
+    "Matcher",
     "Matches",
     "batched_nms",
     "box_area",

@@ -119,6 +119,52 @@ def match_max_iou(
     )
 
 
+class Matcher:
+    """torchvision's Matcher: gives each column of a matrix of qualities the row of its best quality, if high enough.
+
+    index = row where quality >= high_threshold, -1 where quality < low_threshold, -2 between. With
+    `allow_low_quality_matches` all columns that have the best quality of a row get their own best row in any case.
+
+    Where the qualities are IoUs, `match_max_iou` gives the same without the matrix.
+
+    Args:
+        high_threshold: at least `low_threshold`. Thresholds are rounded to the dtype of the matrix, as torch compares.
+        low_threshold: below it a column is background.
+        allow_low_quality_matches: see above.
+
+    Called with `match_quality_matrix` [M, N], floating: rows for ground-truth boxes, columns for anchors or proposals.
+
+    Returns:
+        int64 [N]. Ties go to the lower row; a NaN counts as 0.
+
+    No gradient. No host synchronisation on a GPU.
+
+    Raises:
+        ValueError: `high_threshold` is below `low_threshold`, or one is NaN.
+        RuntimeError: the matrix has a wrong shape or dtype.
+
+    Example:
+        >>> Matcher(0.7, 0.3)(torch.tensor([[0.9, 0.5, 0.1], [0.2, 0.6, 0.2]]))
+        tensor([ 0, -2, -1])
+
+    Source: torchvision.models.detection._utils.Matcher. Where that raises for M = 0, here all columns are background.
+    """
+
+    BELOW_LOW_THRESHOLD = -1
+    BETWEEN_THRESHOLDS = -2
+
+    def __init__(self, high_threshold: float, low_threshold: float, allow_low_quality_matches: bool = False) -> None:
+        _check_thresholds("Matcher", high_threshold, low_threshold)
+        self.high_threshold = high_threshold
+        self.low_threshold = low_threshold
+        self.allow_low_quality_matches = allow_low_quality_matches
+
+    def __call__(self, match_quality_matrix: Tensor) -> Tensor:
+        return _library.ops.matcher(
+            match_quality_matrix.detach(), self.high_threshold, self.low_threshold, self.allow_low_quality_matches
+        )
+
+
 def match_ssd(anchors: Tensor, gt_boxes: Tensor, gt_valid: Tensor | None = None, *, threshold: float = 0.5) -> Matches:
     """SSD's matching: an anchor goes to the box of its best IoU, if that is high enough, and each box gets its best
     anchor in any case.
@@ -181,3 +227,8 @@ def _share_dtype(*boxes: Tensor | None) -> list[Tensor | None]:
 def _(anchors: Tensor, gt_boxes: Tensor, *options) -> tuple[Tensor, Tensor]:
     shape = gt_boxes.shape[0], anchors.shape[-2]
     return anchors.new_empty(shape, dtype=torch.int64), anchors.new_empty(shape)
+
+
+@register_fake("matcher")
+def _(match_quality_matrix: Tensor, *options) -> Tensor:
+    return match_quality_matrix.new_empty(match_quality_matrix.shape[1], dtype=torch.int64)

@@ -151,7 +151,7 @@ DETOPS_CLONES void match_chunk(const Chunk<T>& chunk, const BoxList<T>& gts, int
     }
     for (int lane = 0; lane < used; ++lane) {
       const bool ignored = counts[lane] == T(0);
-      chunk.indices[first + lane] = ignored ? kBetween : match_of(best[lane], row[lane], options);
+      chunk.indices[first + lane] = ignored ? kBetween : match_of(best[lane], row[lane], options.thresholds);
       chunk.ious[first + lane] = best[lane];
       if (low_quality) chunk.own[first + lane] = ignored ? -1 : row[lane];
     }

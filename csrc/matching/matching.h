@@ -2,7 +2,7 @@
 //
 // Ops and shapes.
 //   match_max_iou  anchors [A, 4] or [B, A, 4], gt_boxes [B, M, 4] -> indices, ious [B, A]
-//   match_matrix   a given quality matrix [M, N] -> indices [N]
+//   matcher        a given matrix of qualities [M, N] -> indices [N]
 //
 // An anchor goes to the valid box of its best IoU, the first of several; IoUs that are NaN count as 0. Then
 //   index  the box where IoU >= high, -1 where IoU < low or there is no box, -2 between
@@ -24,8 +24,24 @@ namespace DETOPS_NAMESPACE {
 constexpr int64_t kBelowLow = -1, kBetween = -2;
 
 template <class T>
-struct MatchOptions {
+struct MatchThresholds {
   T high, low;
+};
+
+// Rounded to a dtype, as torch compares a tensor of it with a Python number.
+template <class S>
+MatchThresholds<ComputeType<S>> thresholds_in(double high, double low) {
+  return {static_cast<ComputeType<S>>(static_cast<S>(high)), static_cast<ComputeType<S>>(static_cast<S>(low))};
+}
+
+template <class T>
+DETOPS_HD T number_or_zero(T value) {
+  return value == value ? value : T(0);
+}
+
+template <class T>
+struct MatchOptions {
+  MatchThresholds<T> thresholds;
   T low_quality_min_iou;
   T ignore_threshold;
   bool allow_low_quality, this_gt, all_ties;
@@ -51,9 +67,9 @@ DETOPS_HD bool is_ignored(const Box<T>& anchor, T anchor_area, const Box<T>& reg
 
 // `best` is the box of the best IoU, negative where there is none.
 template <class T>
-DETOPS_HD int64_t match_of(T iou, int best, const MatchOptions<T>& options) {
-  if (best < 0 || iou < options.low) return kBelowLow;
-  return iou < options.high ? kBetween : best;
+DETOPS_HD int64_t match_of(T iou, int best, const MatchThresholds<T>& thresholds) {
+  if (best < 0 || iou < thresholds.low) return kBelowLow;
+  return iou < thresholds.high ? kBetween : best;
 }
 
 // True if the low-quality rule serves a box with this best IoU.
@@ -93,11 +109,17 @@ struct MatchNumbers {
 
   template <class T>
   MatchOptions<T> rounded() const {
-    return {T(high_threshold), T(low_threshold), T(low_quality_min_iou), T(ignore_threshold), allow_low_quality,
-            this_gt,           all_ties};
+    return {thresholds_in<T>(high_threshold, low_threshold),
+            T(low_quality_min_iou),
+            T(ignore_threshold),
+            allow_low_quality,
+            this_gt,
+            all_ties};
   }
 };
 void match_max_iou_cuda(const MatchInputs& inputs, const MatchNumbers& numbers, const Tensor& indices,
                         const Tensor& ious);
+void matcher_cuda(const Tensor& quality, double high_threshold, double low_threshold, bool allow_low_quality,
+                  const Tensor& indices);
 
 }  // namespace DETOPS_NAMESPACE

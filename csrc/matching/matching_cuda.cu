@@ -144,7 +144,7 @@ __global__ void match_max_iou_kernel(MatchTensors<T> tensors, MatchOptions<T> op
     }
     if (row < end) {
       const int64_t out = image * tensors.anchor_count + row;
-      tensors.indices[out] = ignored ? kBetween : match_of(best, best_gt, options);
+      tensors.indices[out] = ignored ? kBetween : match_of(best, best_gt, options.thresholds);
       tensors.ious[out] = best;
       if (low_quality) tensors.own[out] = ignored ? -1 : best_gt;
     }

@@ -44,6 +44,14 @@ def match_matrix(quality, high, low, allow_low_quality=False, this_gt=False, min
     return indices, best
 
 
+def Matcher(quality, high, low, allow_low_quality_matches=False):
+    """The indices for a given matrix, float32 or float64, whose qualities may be negative too."""
+    quality = np.where(np.isnan(quality), 0, quality)
+    shift = min(0, quality.min(initial=0))  # the rules above start from 0
+    assert quality.size == 0 or shift == 0 or np.array_equal(quality, np.round(quality)), "shifted without rounding"
+    return match_matrix(quality - shift, high - shift, low - shift, allow_low_quality_matches)[0]
+
+
 def match_max_iou(anchors, gt_boxes, gt_valid, high, low, *, ignore_boxes=None, ignore_threshold=0.5, **options):
     """The same for one image, where row numbers count the boxes that are not valid too."""
     rows = np.flatnonzero(gt_valid)
