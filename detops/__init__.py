@@ -26,6 +26,7 @@ from .iou import (
     generalized_box_iou,
     max_iou,
 )
+from .linear_sum_assignment import linear_sum_assignment
 from .losses import (
     complete_box_iou_loss,
     distance_box_iou_loss,
@@ -62,6 +63,7 @@ __all__ = [
     "efficient_box_iou_loss",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "linear_sum_assignment",
     "masks_to_boxes",
     "match_max_iou",
     "match_ssd",
