@@ -93,11 +93,10 @@ def optional(module: str) -> ModuleType | None:
 
 def reference(family: str) -> ModuleType:
     """The NumPy reference tests/reference/<family>.py."""
-    path = ROOT / "tests" / "reference" / f"{family}.py"
-    spec = importlib.util.spec_from_file_location(f"reference_{family}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    tests = str(ROOT / "tests")
+    if tests not in sys.path:
+        sys.path.append(tests)
+    return importlib.import_module(f"reference.{family}")
 
 
 class Rotation:

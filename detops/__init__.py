@@ -36,6 +36,7 @@ from .iou import (
     generalized_box_iou,
     max_iou,
 )
+from .linear_sum_assignment import linear_sum_assignment
 from .losses import (
     complete_box_iou_loss,
     distance_box_iou_loss,
@@ -47,6 +48,7 @@ from .losses import (
     siou_loss,
     varifocal_loss,
 )
+from .matching import Matcher, Matches, match_max_iou, match_ssd
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
@@ -55,6 +57,8 @@ __all__ = [
     "BoxCoder",
     "Detections",
     "GroundTruth",
+    "Matcher",
+    "Matches",
     "YoloPredictions",
     "batched_nms",
     "box_area",
@@ -77,7 +81,10 @@ __all__ = [
     "encode_ltrb",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "linear_sum_assignment",
     "masks_to_boxes",
+    "match_max_iou",
+    "match_ssd",
     "max_iou",
     "multiclass_nms",
     "nms",

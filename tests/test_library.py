@@ -169,6 +169,7 @@ SERVES = {
     "rotated_box_iou": "box_iou",
     "focal_loss": "sigmoid_focal_loss",
     "iou_loss": "generalized_box_iou_loss",
+    "matcher": "Matcher",
 }
 
 
