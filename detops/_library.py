@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from torch.autograd import forward_ad
 
 _PATH = Path(__file__).with_name("_C.abi3.so")
 _REBUILD = "rebuild it with 'pip install .' in the source folder of detops"
@@ -84,6 +85,17 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     """Registers the gradient of an op, as torch.library.register_autograd does."""
     _autograds[name] = (backward, setup_context)
     torch.library.register_autograd(f"detops::{name}", backward, setup_context=setup_context)
+
+
+def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
+    """Raises where a forward-mode derivative is asked for: torch would take it as 0 and not say so."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
+        raise RuntimeError(f"{op}: there is no forward-mode derivative: use backward, torch.func.grad or jacrev")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As messages name it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def load_emulation(path: str | Path) -> None:

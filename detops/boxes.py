@@ -55,7 +55,7 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
     _check_format("box_area", "fmt", fmt)
     if _kernel_serves(boxes):
         return _library.ops.box_area(boxes, _NUMBERS[fmt])
-    _check_boxes("box_area", boxes, fmt)
+    check_boxes("box_area", boxes, fmt)
     boxes = _widened(boxes) if boxes.is_floating_point() or boxes.dtype == torch.int64 else boxes.int()
     if fmt == "xyxy":
         x1, y1, x2, y2 = boxes.unbind(-1)
@@ -102,7 +102,7 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
         )
     if in_fmt != out_fmt and not rotated and _kernel_serves(boxes):
         return _library.ops.box_convert(boxes, _NUMBERS[in_fmt], _NUMBERS[out_fmt])
-    _check_boxes("box_convert", boxes, in_fmt)
+    check_boxes("box_convert", boxes, in_fmt)
     if in_fmt == out_fmt:
         return boxes.clone(memory_format=torch.contiguous_format)
     if rotated:
@@ -138,7 +138,7 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
         raise ValueError(f"clip_boxes_to_image: size must be (height, width), each at least 0, got {tuple(size)}")
     if _kernel_serves(boxes):
         return _library.ops.clip_boxes_to_image(boxes, height, width)
-    _check_boxes("clip_boxes_to_image", boxes)
+    check_boxes("clip_boxes_to_image", boxes)
     wide = _widened(boxes)
     x, y = wide[..., 0::2].clamp(0, width), wide[..., 1::2].clamp(0, height)
     return torch.stack((x, y), dim=-1).flatten(-2).to(boxes.dtype)
@@ -169,9 +169,9 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     """
     if min_size != min_size:
         raise ValueError("remove_small_boxes: min_size must be a number, got nan")
+    check_boxes("remove_small_boxes", boxes)
     if boxes.is_floating_point():
         return _library.ops.remove_small_boxes(boxes, min_size)
-    _check_boxes("remove_small_boxes", boxes)
     x1, y1, x2, y2 = boxes.reshape(-1, 4).unbind(1)
     return ((x2 - x1 >= min_size) & (y2 - y1 >= min_size)).nonzero().squeeze(1)
 
@@ -189,7 +189,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
     One pass over the masks, without a temporary of their size, and without host synchronisation. No gradient.
 
     Raises:
-        RuntimeError: `masks` has less than two dimensions, another dtype, or a dimension over 2147483647.
+        RuntimeError: `masks` has less than two dimensions, another dtype, or over 2147418112 rows, columns or masks.
 
     Example:
         >>> masks = torch.zeros(1, 5, 5)
@@ -215,10 +215,12 @@ def _check_format(op: str, argument: str, fmt: str) -> None:
         raise ValueError(f"{op}: {argument} must be one of {', '.join(_COORDINATES)}, got {fmt!r}")
 
 
-def _check_boxes(op: str, boxes: Tensor, fmt: str = "xyxy") -> None:
+def check_boxes(op: str, boxes: Tensor, fmt: str = "xyxy", argument: str = "boxes") -> None:
     """What the compiled ops check, where they are not called."""
     if boxes.ndim == 0 or boxes.shape[-1] != _COORDINATES[fmt]:
-        raise RuntimeError(f"{op}: boxes must have shape [..., {_COORDINATES[fmt]}], got {list(boxes.shape)}")
+        raise RuntimeError(f"{op}: {argument} must have shape [..., {_COORDINATES[fmt]}], got {list(boxes.shape)}")
+    if boxes.is_complex():
+        raise RuntimeError(f"{op}: {argument} must be floating or integer, got {_library.dtype_name(boxes.dtype)}")
 
 
 def _widened(boxes: Tensor) -> Tensor:
@@ -340,7 +342,7 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
     M is the largest number of boxes of an image. Rows that are not valid never influence a result of detops.
 
     Args:
-        boxes: for each of B images a tensor [n, 4], or an empty one, of the same floating dtype and device.
+        boxes: for each of B images a tensor [n, 4], or an empty one, all of one dtype and device.
         labels: for each image an integer tensor [n]: the classes of its boxes.
 
     Returns:
@@ -350,7 +352,8 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
     Gradients pass to `boxes`. No host synchronisation.
 
     Raises:
-        ValueError: the lists or the tensors of an image differ in length, or a tensor has a wrong shape.
+        ValueError: the lists differ in length.
+        RuntimeError: a tensor has a wrong shape, dtype or device.
 
     Example:
         >>> boxes = [torch.tensor([[0., 0., 8., 8.], [2., 2., 6., 6.]]), torch.zeros(0, 4)]
@@ -358,16 +361,29 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
         >>> truth.labels.tolist()
         [[3, 1], [-1, -1]]
     """
+    op = "pad_ground_truth"
     if len(boxes) != len(labels):
-        raise ValueError(f"pad_ground_truth: labels must have one tensor per image ({len(boxes)}), got {len(labels)}")
+        raise ValueError(f"{op}: labels must have one tensor per image ({len(boxes)}), got {len(labels)}")
     for image, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):
         if image_boxes.numel() and (image_boxes.ndim != 2 or image_boxes.shape[1] != 4):
-            raise ValueError(f"pad_ground_truth: boxes[{image}] must have shape [n, 4], got {list(image_boxes.shape)}")
+            raise RuntimeError(f"{op}: boxes[{image}] must have shape [n, 4], got {list(image_boxes.shape)}")
         if image_labels.numel() != image_boxes.numel() // 4 or image_labels.ndim != 1:
-            raise ValueError(
-                f"pad_ground_truth: labels[{image}] must have shape [n] with n = {image_boxes.numel() // 4}, "
+            raise RuntimeError(
+                f"{op}: labels[{image}] must have shape [n] with n = {image_boxes.numel() // 4}, "
                 f"got {list(image_labels.shape)}"
             )
+        if image_boxes.dtype != boxes[0].dtype or image_boxes.is_complex():
+            raise RuntimeError(
+                f"{op}: boxes[{image}] must have the dtype of boxes[0], floating or integer "
+                f"({_library.dtype_name(boxes[0].dtype)}), got {_library.dtype_name(image_boxes.dtype)}"
+            )
+        if image_labels.numel() and (image_labels.is_floating_point() or image_labels.is_complex()):
+            raise RuntimeError(f"{op}: labels[{image}] must be integer, got {_library.dtype_name(image_labels.dtype)}")
+        for name, each in ((f"boxes[{image}]", image_boxes), (f"labels[{image}]", image_labels)):
+            if each.device != boxes[0].device:
+                raise RuntimeError(
+                    f"{op}: {name} must be on the device of boxes[0] ({boxes[0].device}), got {each.device}"
+                )
     if not boxes:
         return GroundTruth(
             torch.zeros(0, 0, 4), torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool)

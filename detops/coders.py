@@ -227,6 +227,7 @@ def decode_dfl(logits: Tensor, dim: int = -1) -> Tensor:
 
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020: its integral over the distribution.
     """
+    _library.refuse_forward_mode("decode_dfl", logits)
     return _library.ops.decode_dfl(logits, dim)
 
 
@@ -284,6 +285,7 @@ def decode_yolo(raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]
     if anchors.requires_grad:
         raise RuntimeError(f"{op}: anchors must not require a gradient, got requires_grad=True; detach them")
     raw = list(raw)
+    _library.refuse_forward_mode(op, *raw)
     if raw:
         anchors = anchors.to(torch.float64 if raw[0].dtype == torch.float64 else torch.float32)
     return YoloPredictions(*_library.ops.decode_yolo(raw, anchors, strides, _YOLO_VERSIONS[version]))
@@ -298,6 +300,7 @@ def _checked_weights(op: str, weights: Sequence[float]) -> tuple[float, ...]:
 
 def _share(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the same leading dimensions, as views, and in dtypes that the op takes together."""
+    _library.refuse_forward_mode(op, first, second)
     if first.dtype != second.dtype:
         dtype = torch.promote_types(first.dtype, second.dtype)
         second = second.to(dtype)

@@ -51,14 +51,15 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, aligned: bool 
         tensor([[1.0000, 0.5000],
                 [0.5000, 1.0000]])
 
-    Source: torchvision.ops.box_iou, which has no aligned form.
+    Source: torchvision.ops.box_iou, which has no aligned form. It takes the areas of xywh and cxcywh boxes as w h; here
+    they are converted to xyxy first, which differs in the last bits.
     """
     if fmt in _ROTATED:
         return _compare_rotated(boxes1, boxes2, fmt, aligned)
     if fmt not in _UPRIGHT:
         raise ValueError(f"box_iou: fmt must be one of {', '.join(_UPRIGHT + _ROTATED)}, got {fmt!r}")
     if fmt != "xyxy":
-        boxes1, boxes2 = _boxes.box_convert(boxes1, fmt, "xyxy"), _boxes.box_convert(boxes2, fmt, "xyxy")
+        boxes1, boxes2 = _convert(boxes1, boxes2, fmt, "xyxy")
     return _compare(_IOU, boxes1, boxes2, aligned)
 
 
@@ -236,6 +237,7 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
 
 
 def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: float = 0.0) -> Tensor:
+    _library.refuse_forward_mode("box_iou", boxes1, boxes2)
     boxes1, boxes2 = _share_dtype(boxes1, boxes2)
     boxes1, boxes2 = _share_rows(boxes1, boxes2) if aligned else _share_batch(boxes1, boxes2)
     return _library.ops.box_iou(boxes1, boxes2, kind, aligned, eps)
@@ -244,11 +246,20 @@ def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: floa
 def _compare_rotated(boxes1: Tensor, boxes2: Tensor, fmt: str, aligned: bool) -> Tensor:
     if torch.is_grad_enabled() and (boxes1.requires_grad or boxes2.requires_grad):
         raise RuntimeError("box_iou: rotated boxes must not require a gradient, got some that do: detach them")
-    boxes1, boxes2 = _share_dtype(boxes1, boxes2)
-    if fmt != "cxcywhr":
-        boxes1, boxes2 = _boxes.box_convert(boxes1, fmt, "cxcywhr"), _boxes.box_convert(boxes2, fmt, "cxcywhr")
+    _library.refuse_forward_mode("box_iou", boxes1, boxes2)
+    boxes1, boxes2 = _convert(boxes1, boxes2, fmt, "cxcywhr")
     boxes1, boxes2 = _share_rows(boxes1, boxes2) if aligned else _share_batch(boxes1, boxes2)
     return _library.ops.rotated_box_iou(boxes1, boxes2, aligned)
+
+
+def _convert(boxes1: Tensor, boxes2: Tensor, fmt: str, out_fmt: str) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the result and in another format."""
+    boxes1, boxes2 = _share_dtype(boxes1, boxes2)
+    if fmt == out_fmt:
+        return boxes1, boxes2
+    _boxes.check_boxes("box_iou", boxes1, fmt, "boxes1")
+    _boxes.check_boxes("box_iou", boxes2, fmt, "boxes2")
+    return _boxes.box_convert(boxes1, fmt, out_fmt), _boxes.box_convert(boxes2, fmt, out_fmt)
 
 
 def _share_dtype(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:

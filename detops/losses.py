@@ -171,6 +171,7 @@ def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "n
     op = "distribution_focal_loss"
     number = _number_of(op, reduction)
     _check_no_gradient(op, "targets", targets)
+    _library.refuse_forward_mode(op, inputs)
     return _library.ops.distribution_focal_loss(_for_autocast(inputs), targets, number)
 
 
@@ -311,6 +312,7 @@ def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponen
     _check_no_gradient(op, "targets", targets)
     if scores is not None:
         _check_no_gradient(op, "scores", scores)
+    _library.refuse_forward_mode(op, inputs)
     inputs = _for_autocast(inputs)
     if inputs.is_floating_point() and targets.is_floating_point():
         dtype = torch.promote_types(inputs.dtype, targets.dtype)
@@ -320,6 +322,10 @@ def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponen
 
 def _iou_loss(op: str, kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
     number = _number_of(op, reduction)
+    _library.refuse_forward_mode(op, boxes1, boxes2)
+    for argument, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
+        if boxes.is_complex():
+            raise RuntimeError(f"{op}: {argument} must be floating or integer, got {_library.dtype_name(boxes.dtype)}")
     dtype = torch.float64 if torch.float64 in (boxes1.dtype, boxes2.dtype) else torch.float32
     return _library.ops.iou_loss(boxes1.to(dtype), boxes2.to(dtype), kind, eps, number)
 

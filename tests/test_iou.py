@@ -272,6 +272,15 @@ def test_other_upright_formats(torchvision, device, fmt):
     assert torch.equal(detops.box_iou(sides.to(device.torch), sides.to(device.torch) + 1, fmt=fmt).cpu(), expected)
 
 
+@pytest.mark.parametrize("fmt", ["xywh", "cxcywh"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.uint8, torch.int64], ids=str)
+def test_other_formats_are_widened_before_they_are_converted(device, fmt, dtype):
+    # Sums of these are beyond 255, and round in halves.
+    boxes = device.put([[200.3, 201.7, 100.9, 99.1], [151.1, 180.2, 77.7, 120.3]], torch.float64).to(dtype)
+    wide = detops.box_convert(boxes.float(), fmt, "xyxy")
+    assert torch.equal(detops.box_iou(boxes, boxes, fmt), detops.box_iou(wide, wide))
+
+
 # Bad input.
 
 BOXES = torch.zeros(3, 4)
@@ -375,3 +384,10 @@ def test_memory_is_the_output(kind):
     prepare = f"boxes = torch.rand(8000, 4).cumsum(1); detops.{name}(boxes[:99], boxes[:99])"
     output, extra = peak_growth(prepare, f"detops.{name}(boxes, boxes)", "result.nbytes")
     assert output == 256e6 and extra < output + 2e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_boxes_that_images_share_are_not_copied():
+    prepare = "few, many = torch.rand(64, 1, 4), torch.rand(200_000, 4); detops.box_iou(few[:2], many[:99])"
+    output, extra = peak_growth(prepare, "detops.box_iou(few, many)", "result.nbytes")
+    assert output == 51.2e6 and extra < output + 8e6  # one set of columns takes 4.8 MB

@@ -206,3 +206,31 @@ class TestEveryOp:
 
     def test_has_a_benchmark(self, op):
         assert mentions("benchmarks/*.py", op)
+
+
+BOXES = torch.tensor([[0.0, 0, 8, 8], [2, 2, 6, 9]])
+LOGITS = torch.zeros(2, 4)
+DIFFERENTIABLE = {
+    "box_iou": lambda: detops.box_iou(_dual(BOXES), BOXES),
+    "focal_loss": lambda: detops.sigmoid_focal_loss(_dual(LOGITS), LOGITS),
+    "distribution_focal_loss": lambda: detops.distribution_focal_loss(_dual(LOGITS), torch.zeros(2)),
+    "iou_loss": lambda: detops.generalized_box_iou_loss(BOXES, _dual(BOXES)),
+    "encode_boxes": lambda: detops.encode_boxes(_dual(BOXES), BOXES),
+    "decode_boxes": lambda: detops.decode_boxes(_dual(LOGITS), BOXES),
+    "encode_ltrb": lambda: detops.encode_ltrb(_dual(BOXES), BOXES[:, :2]),
+    "decode_ltrb": lambda: detops.decode_ltrb(_dual(LOGITS), BOXES[:, :2]),
+    "decode_dfl": lambda: detops.decode_dfl(_dual(LOGITS)),
+    "decode_yolo": lambda: detops.decode_yolo([_dual(torch.zeros(1, 6, 2, 2))], torch.ones(1, 1, 2), [8], version="v5"),
+}
+
+
+def _dual(tensor):
+    return torch.autograd.forward_ad.make_dual(tensor, torch.ones_like(tensor))
+
+
+@pytest.mark.parametrize("op", sorted(name for name in _library._autograds if not name.endswith("_backward")))
+def test_forward_mode_derivative_is_refused(op):
+    """torch would take it as 0."""
+    with torch.autograd.forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=r"^\w+: there is no forward-mode derivative"):
+            DIFFERENTIABLE[op]()

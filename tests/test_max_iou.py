@@ -318,6 +318,13 @@ def test_the_matrix_is_never_made(columns):
     assert right == 1 and extra < 4.4e6
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
+def test_boxes_that_images_share_are_not_copied():
+    prepare = "few, many = torch.rand(64, 20, 4), torch.rand(200_000, 4); detops.max_iou(few[:2], many[:99])"
+    rows, extra = peak_growth(prepare, "detops.max_iou(few, many)", "result[0].numel()")
+    assert rows == 1280 and extra < 8e6  # one packed set takes 4 MB
+
+
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
 def test_extra_memory_on_the_gpu(device):
     boxes1, boxes2 = device.put(inputs.uniform_boxes(200_000)), device.put(inputs.uniform_boxes(100))

@@ -79,7 +79,13 @@ def test_bad_input():
     boxes, labels = images((3, 2))
     with pytest.raises(ValueError, match="^pad_ground_truth: labels must .*, got 1"):
         detops.pad_ground_truth(boxes, labels[:1])
-    with pytest.raises(ValueError, match="^pad_ground_truth: labels.*, got "):
+    with pytest.raises(RuntimeError, match=r"^pad_ground_truth: labels\[1\] must .*, got \[1\]"):
         detops.pad_ground_truth(boxes, [labels[0], labels[1][:1]])
-    with pytest.raises((ValueError, RuntimeError), match=r"^pad_ground_truth: boxes.*, got \[3, 5\]"):
+    with pytest.raises(RuntimeError, match=r"^pad_ground_truth: boxes\[0\] must .*, got \[3, 5\]"):
         detops.pad_ground_truth([torch.zeros(3, 5), boxes[1]], labels)
+    with pytest.raises(RuntimeError, match=r"^pad_ground_truth: boxes\[1\] must .* \(float32\), got float64"):
+        detops.pad_ground_truth([boxes[0], boxes[1].double()], labels)
+    with pytest.raises(RuntimeError, match=r"^pad_ground_truth: labels\[1\] must be integer, got float32"):
+        detops.pad_ground_truth(boxes, [labels[0], labels[1].float()])
+    with pytest.raises(RuntimeError, match=r"^pad_ground_truth: labels\[1\] must be on the device .*, got meta"):
+        detops.pad_ground_truth(boxes, [labels[0], labels[1].to("meta")])

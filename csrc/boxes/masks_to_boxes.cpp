@@ -120,14 +120,14 @@ Tensor masks_to_boxes(const Tensor& masks) {
   }
   const int64_t rows = masks.size(dim - 2), columns = masks.size(dim - 1);
   check_row_count(op, "masks", rows);
-  check_row_count(op, "masks", columns);
+  check_row_count(op, "masks", columns, "columns");
   std::vector<int64_t> sizes;
   int64_t count = 1;
   for (int64_t i = 0; i + 2 < dim; ++i) {
     sizes.push_back(masks.size(i));
     count *= masks.size(i);
   }
-  check_row_count(op, "boxes", count);
+  check_row_count(op, "masks", count, "masks");
   sizes.push_back(4);
 
   const int64_t element = static_cast<int64_t>(masks.element_size());

@@ -25,9 +25,12 @@ inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes
                                device_type, like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
     std::string shape;
     for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    // Trainers look for the words "CUDA out of memory" to retry with a smaller batch.
-    fail(op, std::string(like.is_cuda() ? "CUDA out of memory" : "out of memory") + " allocating a " +
-                 dtype_name(dtype) + " tensor of shape [" + shape + "]" + last_torch_error());
+    // Trainers look for the words "CUDA out of memory" to retry with a smaller batch: torch's text has them where that
+    // is the reason, and without its text it is the likely one.
+    const std::string reason = last_torch_error();
+    const char* const likely = like.is_cuda() ? ": CUDA out of memory" : ": out of memory";
+    fail(op, "cannot allocate a " + dtype_name(dtype) + " tensor of shape [" + shape + "]" +
+                 (reason.empty() ? likely : reason));
   }
   return Tensor(handle);
 }

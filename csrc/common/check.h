@@ -47,6 +47,9 @@ inline std::string dtype_name(ScalarType dtype) {
     case ScalarType::Int: return "int32";
     case ScalarType::Long: return "int64";
     case ScalarType::Bool: return "bool";
+    case ScalarType::UInt16: return "uint16";
+    case ScalarType::UInt32: return "uint32";
+    case ScalarType::UInt64: return "uint64";
     case ScalarType::ComplexFloat: return "complex64";
     case ScalarType::ComplexDouble: return "complex128";
     default: return "dtype number " + std::to_string(static_cast<int>(dtype));
@@ -110,9 +113,9 @@ inline void check_same_device(const char* op, const char* argument, const Tensor
 // Row numbers are 32 bits inside the kernels, with room to step past the last one.
 constexpr int64_t kMostRows = INT32_MAX - 0xffff;
 
-inline void check_row_count(const char* op, const char* argument, int64_t rows) {
+inline void check_row_count(const char* op, const char* argument, int64_t rows, const char* what = "rows") {
   if (rows <= kMostRows) return;
-  fail(op, std::string(argument) + " must have at most " + std::to_string(kMostRows) + " rows, got " +
+  fail(op, std::string(argument) + " must have at most " + std::to_string(kMostRows) + " " + what + ", got " +
                std::to_string(rows));
 }
 

@@ -33,20 +33,29 @@ DETOPS_CLONES void fill_columns(const T* boxes, int64_t count, T* columns) {
   }
 }
 
+// The second boxes of all images as columns: [sets][6][count].
 template <class T>
-IouColumns<T> columns_at(const T* data, int64_t count) {
-  return {data, data + count, data + 2 * count, data + 3 * count, data + 4 * count, data + 5 * count};
-}
-
-// All second boxes of all images as columns: [batch][6][count].
-template <IouKind kind, class T>
-std::unique_ptr<T[]> make_columns(const T* boxes, const IouShape& shape) {
-  std::unique_ptr<T[]> columns(new T[shape.batch * 6 * shape.columns]);
-  for (int64_t image = 0; image < shape.batch; ++image) {
-    fill_columns<kind>(boxes + image * shape.stride2, shape.columns, columns.get() + image * 6 * shape.columns);
+class AllColumns {
+ public:
+  template <IouKind kind>
+  static AllColumns make(const T* boxes, const IouShape& shape) {
+    AllColumns all(shape);
+    for (int64_t set = 0; set < shape.sets2(); ++set) {
+      fill_columns<kind>(boxes + set * shape.stride2, shape.columns, all.data_.get() + set * 6 * shape.columns);
+    }
+    return all;
   }
-  return columns;
-}
+  IouColumns<T> of(int64_t image) const {
+    const int64_t count = shape_.columns;
+    const T* const data = data_.get() + shape_.set2_of(image) * 6 * count;
+    return {data, data + count, data + 2 * count, data + 3 * count, data + 4 * count, data + 5 * count};
+  }
+
+ private:
+  explicit AllColumns(const IouShape& shape) : shape_(shape), data_(new T[shape.sets2() * 6 * shape.columns]) {}
+  IouShape shape_;
+  std::unique_ptr<T[]> data_;
+};
 
 template <IouKind kind, class T>
 DETOPS_CLONES void iou_row(const IouBox<T>& a, const IouColumns<T>& columns, int64_t count, T eps,
@@ -57,15 +66,13 @@ DETOPS_CLONES void iou_row(const IouBox<T>& a, const IouColumns<T>& columns, int
 
 template <IouKind kind, class T>
 void pairwise(const T* boxes1, const T* boxes2, const IouShape& shape, T eps, T* out) {
-  const auto columns = make_columns<kind>(boxes2, shape);
+  const auto columns = AllColumns<T>::template make<kind>(boxes2, shape);
   const int64_t grain = ceil_div<int64_t>(1 << 14, max_of<int64_t>(1, shape.columns));
   parallel_ranges(shape.batch * shape.rows, grain, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const int64_t image = row / shape.rows;
       const T* const box = boxes1 + image * shape.stride1 + row % shape.rows * 4;
-      iou_row<kind>(iou_box<kind>(load_box<T>(box)),
-                    columns_at(columns.get() + image * 6 * shape.columns, shape.columns), shape.columns, eps,
-                    out + row * shape.columns);
+      iou_row<kind>(iou_box<kind>(load_box<T>(box)), columns.of(image), shape.columns, eps, out + row * shape.columns);
     }
   });
 }
@@ -131,14 +138,14 @@ DETOPS_CLONES Box<T> gradient_row(const IouBox<T>& a, const IouColumns<T>& colum
 template <IouKind kind, class T>
 void pairwise_gradient(const T* boxes1, const T* boxes2, const T* grad, const IouShape& shape, T eps, T* grad1,
                        T* grad2) {
-  const auto columns = make_columns<kind>(boxes2, shape);
+  const auto columns = AllColumns<T>::template make<kind>(boxes2, shape);
   const int64_t rows_per_block = max_of<int64_t>(64, ceil_div<int64_t>(shape.rows, 16));
   const int64_t blocks = ceil_div(shape.rows, rows_per_block);
   const int64_t sums_per_block = 4 * shape.columns;
   parallel_items(shape.batch, [&](const auto& next_image) {
     const std::unique_ptr<T[]> sums(new T[blocks * sums_per_block]);
     for (int64_t image = next_image(); image >= 0; image = next_image()) {
-      const auto image_columns = columns_at(columns.get() + image * 6 * shape.columns, shape.columns);
+      const IouColumns<T> image_columns = columns.of(image);
       // Inside a parallel region, as when there are several images, this loop is serial.
       parallel_items(blocks, [&](const auto& next_block) {
         for (int64_t block = next_block(); block >= 0; block = next_block()) {

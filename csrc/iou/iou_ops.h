@@ -15,6 +15,10 @@ namespace DETOPS_NAMESPACE {
 struct IouShape {
   int64_t batch, rows, columns;
   int64_t stride1, stride2;
+
+  // How many different sets of second boxes there are, and which one belongs to an image.
+  int64_t sets2() const { return stride2 == 0 ? min_of<int64_t>(1, batch) : batch; }
+  int64_t set2_of(int64_t image) const { return stride2 == 0 ? 0 : image; }
 };
 
 // Dense boxes, whatever the stride between images, and that stride.

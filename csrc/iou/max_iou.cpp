@@ -39,18 +39,19 @@ DETOPS_CLONES void best_of_lanes(const T (&lanes)[4][kLanes], const Box<T>* boxe
 template <class T>
 void max_iou_cpu(const T* boxes1, const T* boxes2, const bool* valid, const IouShape& shape, T* values,
                  int64_t* indices) {
-  // The valid second boxes of each image, packed.
-  const std::unique_ptr<Box<T>[]> partners(new Box<T>[shape.batch * shape.columns]);
-  const std::unique_ptr<int32_t[]> rows(new int32_t[shape.batch * shape.columns]);
-  const std::unique_ptr<int64_t[]> counts(new int64_t[shape.batch]);
-  for (int64_t image = 0; image < shape.batch; ++image) {
+  // The valid second boxes of each image, packed: one set for all images where they share boxes and all are valid.
+  const int64_t sets = valid == nullptr ? shape.sets2() : shape.batch;
+  const std::unique_ptr<Box<T>[]> partners(new Box<T>[sets * shape.columns]);
+  const std::unique_ptr<int32_t[]> rows(new int32_t[sets * shape.columns]);
+  const std::unique_ptr<int64_t[]> counts(new int64_t[sets]);
+  for (int64_t set = 0; set < sets; ++set) {
     int64_t count = 0;
     for (int64_t j = 0; j < shape.columns; ++j) {
-      if (valid != nullptr && !valid[image * shape.columns + j]) continue;
-      partners[image * shape.columns + count] = load_box<T>(boxes2 + image * shape.stride2 + 4 * j);
-      rows[image * shape.columns + count++] = static_cast<int32_t>(j);
+      if (valid != nullptr && !valid[set * shape.columns + j]) continue;
+      partners[set * shape.columns + count] = load_box<T>(boxes2 + set * shape.stride2 + 4 * j);
+      rows[set * shape.columns + count++] = static_cast<int32_t>(j);
     }
-    counts[image] = count;
+    counts[set] = count;
   }
   const int64_t groups = ceil_div<int64_t>(shape.rows, kLanes);
   const int64_t grain = max_of<int64_t>(1, (1 << 14) / (kLanes * max_of<int64_t>(1, shape.columns)));
@@ -59,10 +60,11 @@ void max_iou_cpu(const T* boxes1, const T* boxes2, const bool* valid, const IouS
     int32_t best_rows[kLanes];
     for (int64_t item = begin; item < end; ++item) {
       const int64_t image = item / groups, first = item % groups * kLanes;
+      const int64_t set = sets == 1 ? 0 : image;
       const int64_t used = min_of<int64_t>(kLanes, shape.rows - first);
       T* const values_out = values + image * shape.rows + first;
       int64_t* const indices_out = indices + image * shape.rows + first;
-      if (counts[image] == 0) {
+      if (counts[set] == 0) {
         for (int64_t lane = 0; lane < used; ++lane) {
           values_out[lane] = T(0);
           indices_out[lane] = -1;
@@ -72,8 +74,8 @@ void max_iou_cpu(const T* boxes1, const T* boxes2, const bool* valid, const IouS
       for (int64_t lane = 0; lane < used; ++lane) {
         for (int k = 0; k < 4; ++k) lanes[k][lane] = boxes1[image * shape.stride1 + 4 * (first + lane) + k];
       }
-      best_of_lanes(lanes, partners.get() + image * shape.columns, rows.get() + image * shape.columns, counts[image],
-                    best, best_rows);
+      best_of_lanes(lanes, partners.get() + set * shape.columns, rows.get() + set * shape.columns, counts[set], best,
+                    best_rows);
       for (int64_t lane = 0; lane < used; ++lane) {
         values_out[lane] = best[lane];
         indices_out[lane] = best_rows[lane];

@@ -142,7 +142,9 @@ Tensor checked_targets(const char* op, const Tensor& inputs, const Tensor& targe
       const T* const data = dense.const_data_ptr<T>();
       for (int64_t i = 0; i < dense.numel(); ++i) {
         if (!outside_bins(data[i], bins)) continue;
-        fail(op, "targets must be from 0 to " + std::to_string(bins - 1) + ", got " + std::to_string(data[i]));
+        char target[32];  // with enough digits to tell it from the bound that it passes
+        snprintf(target, sizeof(target), "%.17g", static_cast<double>(data[i]));
+        fail(op, "targets must be from 0 to " + std::to_string(bins - 1) + ", got " + target);
       }
     });
   }

@@ -83,7 +83,7 @@ Tensor matcher(const Tensor& match_quality_matrix, double high_threshold, double
   check_floating(op, "match_quality_matrix", match_quality_matrix);
   const int64_t rows = match_quality_matrix.size(0), columns = match_quality_matrix.size(1);
   check_row_count(op, "match_quality_matrix", rows);
-  check_row_count(op, "the transposed match_quality_matrix", columns);
+  check_row_count(op, "match_quality_matrix", columns, "columns");
   const Tensor quality = as_contiguous(match_quality_matrix);
   const Tensor indices = allocate(op, {columns}, ScalarType::Long, quality);
   if (columns == 0) return indices;

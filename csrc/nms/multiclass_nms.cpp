@@ -181,6 +181,9 @@ Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_
   check_floating(op, "boxes", boxes);
   check_floating(op, "scores", scores);
   check_same_device(op, "scores", scores, "boxes", boxes);
+  if (max_detections > kMostRows) {
+    fail(op, "max_detections must be at most " + std::to_string(kMostRows) + ", got " + std::to_string(max_detections));
+  }
   if (rows * classes > kMostRows) {
     fail(op, "scores must have at most " + std::to_string(kMostRows) + " values per image, got " + shape_text(scores));
   }
