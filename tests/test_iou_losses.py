@@ -6,8 +6,7 @@ import pytest
 import torch
 from inputs import to_numpy, to_torch
 from reference import losses as reference
-from test_losses import REDUCTIONS, needs_compiler
-from test_losses_checks import restore_threads  # noqa: F401
+from test_losses import REDUCTIONS
 
 import detops
 from detops import _library
@@ -309,7 +308,7 @@ def test_opcheck(device, kind, reduction):
     torch.library.opcheck(_library.ops.iou_loss, (*leaves, kind, 1e-7, reduction))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device, name):
     function = getattr(detops.losses, name)
@@ -345,7 +344,7 @@ def losses_and_gradients(name, boxes1, boxes2):
     return results
 
 
-def test_any_number_of_threads_gives_the_same_bits(restore_threads, name):  # noqa: F811
+def test_any_number_of_threads_gives_the_same_bits(restore_threads, name):
     boxes = tuple(map(to_torch, pairs(50_001)))
     results = {}
     for threads in (1, 2, 3, 8):

@@ -1,7 +1,6 @@
 """nms_rotated: the decisions of nms with the IoU of rotated boxes."""
 
 import functools
-import shutil
 
 import inputs
 import numpy as np
@@ -12,8 +11,6 @@ from reference import iou as reference
 
 import detops
 from detops import _library
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 def threshold_in_a_gap(ious, wanted):
@@ -205,7 +202,7 @@ def test_opcheck(device, n):
     torch.library.opcheck(_library.ops.nms_rotated, (boxes, scores, 0.5, device.put(inputs.class_ids(n, 3))))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     def thin(boxes, scores, ids):
@@ -235,13 +232,10 @@ def test_export_with_any_number_of_boxes():
         assert torch.equal(program.module()(*arguments(n)), check_by_matrix(*arguments(n), 0.4))
 
 
-def test_any_number_of_threads_and_every_run_give_the_same():
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads):
     boxes, scores = to_torch(inputs.clustered_rotated_boxes(3000)), to_torch(inputs.tied_scores(3000, levels=300))
-    ids, before, results = to_torch(inputs.class_ids(3000, 9)), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 8, 8):
-            torch.set_num_threads(threads)
-            results.append([detops.nms_rotated(boxes, scores, 0.4, each).tolist() for each in (None, ids)])
-    finally:
-        torch.set_num_threads(before)
+    ids, results = to_torch(inputs.class_ids(3000, 9)), []
+    for threads in (1, 2, 3, 8, 8):
+        torch.set_num_threads(threads)
+        results.append([detops.nms_rotated(boxes, scores, 0.4, each).tolist() for each in (None, ids)])
     assert all(result == results[0] for result in results[1:]) and len(results[0][0]) < len(results[0][1]) < 3000
