@@ -114,6 +114,14 @@ def scores_dtype(request):
 
 
 @pytest.fixture
+def restore_threads():
+    """For tests that set the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def torchvision():
     """torchvision, where it is installed; a test that uses it is marked "parity"."""
     return pytest.importorskip("torchvision")
@@ -124,10 +132,14 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what DETOPS_TEST_DEVICES and DETOPS_TEST_SMALL leave out; mark the tests of parity with torchvision."""
+    """Leave out what DETOPS_TEST_DEVICES and DETOPS_TEST_SMALL leave out; mark the tests of parity with torchvision;
+    skip those that need a compiler where there is none."""
+    compiler = shutil.which("g++")
     for item in items:
         if "torchvision" in getattr(item, "fixturenames", ()):
             item.add_marker("parity")
+        if compiler is None and item.get_closest_marker("needs_compiler"):
+            item.add_marker(pytest.mark.skip(reason="torch.compile on the CPU needs g++"))
     chosen = _chosen_devices()
     keep = [item for item in items if _device_of(item) in chosen]
     if os.environ.get("DETOPS_TEST_SMALL") == "1":

@@ -1,7 +1,6 @@
 """box_area, box_convert, clip_boxes_to_image and remove_small_boxes: equal to the loops in reference/boxes.py."""
 
 import itertools
-import shutil
 
 import inputs
 import numpy as np
@@ -273,7 +272,7 @@ class Everything(torch.nn.Module):
         return clipped, detops.box_area(clipped), keep, rotated
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     compiled = torch.compile(Everything(), fullgraph=True)

@@ -1,7 +1,6 @@
 """encode_boxes, decode_boxes, encode_ltrb, decode_ltrb and BoxCoder: equal to the loops in reference/coders.py."""
 
 import math
-import shutil
 
 import inputs
 import numpy as np
@@ -13,7 +12,6 @@ from reference import coders as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 SIZES = (0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 1000)
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)
 OPS = ("encode_boxes", "decode_boxes", "encode_ltrb", "decode_ltrb")
@@ -482,7 +480,7 @@ def all_coders(boxes, anchors, points, strides):
     return detops.decode_boxes(deltas, anchors, WEIGHTS), detops.decode_ltrb(distances, points, strides)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile():
     boxes, anchors = put_on_cpu((boxes_of(2, 30), boxes_of(30, seed=1)))
     points, strides = put_on_cpu((points_of(30), strides_of(30)))

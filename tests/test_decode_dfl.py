@@ -1,7 +1,5 @@
 """decode_dfl: equal to the loops in reference/coders.py, gradients equal to finite differences."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from reference import coders as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 
 
@@ -146,7 +143,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.decode_dfl_backward, (grad, logits.detach(), dim))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile():
     logits = to_torch(logits_of(2, 4, 16, 20)).requires_grad_()
     results = []

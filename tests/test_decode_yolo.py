@@ -1,7 +1,5 @@
 """decode_yolo: equal to the loops in reference/coders.py, gradients equal to finite differences."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from reference import coders as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 VERSIONS = ("v3", "v5")
 STRIDES = [8.0, 16.0, 32.0]
 ANCHORS = np.array([[[10, 13], [16, 30]], [[30, 61], [62, 45]], [[116, 90], [156, 198]]], dtype=np.float64)
@@ -261,7 +258,7 @@ class Cpu:
         return to_torch(values, dtype)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile():
     raw = [each.requires_grad_() for each in head(Cpu)]
     anchors, results = anchors_for(Cpu, raw), []

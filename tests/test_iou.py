@@ -1,6 +1,5 @@
 """box_iou and its relatives on upright boxes: values, shapes, dtypes and errors. Gradients: test_iou_gradient.py."""
 
-import shutil
 import sys
 from fractions import Fraction
 
@@ -26,7 +25,6 @@ FUNCTIONS = {
 NAMES = {kind: function.__name__ for kind, function in FUNCTIONS.items()}
 # Around the GPU's tiles: 32 rows, 128 columns of float32 or 64 of float64, in threads of 4 or 2 columns.
 COLUMNS = (0, 1, 2, 3, 4, 31, 32, 33, 63, 64, 65, 127, 128, 129, 1000)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 @pytest.fixture(params=FUNCTIONS)
@@ -351,7 +349,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.box_iou, (boxes1[:0], boxes1[:0], 0, False, 0.0))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(device, kind, dynamic):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import to_torch
-from test_iou import FUNCTIONS, NAMES, needs_compiler
+from test_iou import FUNCTIONS, NAMES
 from torch.autograd.gradcheck import GradcheckError
 
 from detops import _library
@@ -248,7 +248,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.box_iou_backward, (weights[0], boxes1[:9], boxes2, 0, True, 1e-7))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device, kind):
     def loss(boxes1, boxes2):
@@ -266,13 +266,6 @@ def test_compile_in_one_graph(device, kind):
 
 
 # The same bits every time.
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("images", [1, 5])

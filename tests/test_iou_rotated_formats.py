@@ -1,7 +1,5 @@
 """box_iou of rotated boxes: formats, dtypes, shapes, errors, and as a PyTorch op. Values: test_iou_rotated.py."""
 
-import shutil
-
 import inputs
 import numpy as np
 import pytest
@@ -14,7 +12,6 @@ import detops
 from detops import _library
 
 FORMATS = ("cxcywhr", "xywhr", "xyxyxyxy")
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 # Formats, dtypes, shapes.
@@ -141,7 +138,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.rotated_box_iou, (boxes1[:0], boxes2, False))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_compile_in_one_graph(device, fmt):
@@ -168,13 +165,10 @@ def test_export_with_any_number_of_boxes():
     )
 
 
-def test_any_number_of_threads_gives_the_same():
+def test_any_number_of_threads_gives_the_same(restore_threads):
     boxes1, boxes2 = to_torch(inputs.rotated_boxes(500)), to_torch(inputs.rotated_boxes(300, seed=1))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(rotated_iou(boxes1, boxes2))
-    finally:
-        torch.set_num_threads(before)
+    results = []
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        results.append(rotated_iou(boxes1, boxes2))
     assert all(torch.equal(result, results[0]) for result in results[1:]) and results[0].any()

@@ -1,7 +1,5 @@
 """linear_sum_assignment: optimal, as scipy and exhaustive search find it, and the same on every device."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,6 @@ from reference import linear_sum_assignment as reference
 
 import detops
 from detops import _library
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 # Around the CPU's 8 lanes and the GPU's warps and 256 threads.
 SHAPES = [(1, 1), (2, 1), (1, 2), (7, 3), (3, 7), (8, 8), (9, 8), (31, 33), (33, 31), (40, 40), (257, 5), (5, 257)]
@@ -248,7 +244,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.linear_sum_assignment, arguments)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     torch._dynamo.reset()
@@ -269,16 +265,12 @@ def test_export():
     assert torch.equal(program.module()(cost, counts), Assign()(cost, counts))
 
 
-def test_any_number_of_threads_and_every_run_give_the_same(device):
-    before = torch.get_num_threads()
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device):
     cost = device.put(random_costs(4, 30, device.limit(25, emulated=10), kind="ties"))
     first = detops.linear_sum_assignment(cost)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert torch.equal(detops.linear_sum_assignment(cost), first)
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(detops.linear_sum_assignment(cost), first)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import NAN, to_torch
-from test_losses import NAMES, REDUCTIONS, arguments, function_of, logits, needs_compiler, put
+from test_losses import NAMES, REDUCTIONS, arguments, function_of, logits, put
 
 import detops
 from detops import _library
@@ -166,7 +166,7 @@ def test_opcheck(device, name, reduction):
     torch.library.opcheck(backward, (op(x, *inputs[1:]), x, *inputs[1:]))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device, name):
@@ -199,13 +199,6 @@ def test_export_with_any_number_of_rows(name):
 
 
 # The same on every run.
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def losses_and_gradients(name, tensors):

@@ -1,7 +1,5 @@
 """masks_to_boxes: equal to the extreme set pixels of each mask."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -130,7 +128,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.masks_to_boxes, (masks.to(device.torch),))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     compiled = torch.compile(lambda logits: detops.masks_to_boxes(logits > 0.9) + 1, fullgraph=True)

@@ -1,7 +1,5 @@
 """Matcher: equal to its definition in reference/matching.py, and to torchvision's."""
 
-import shutil
-
 import inputs
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from reference import matching as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 THRESHOLDS = ((0.7, 0.3), (0.5, 0.5), (0.5, 0.0), (0.25, -1.0))
 
 
@@ -95,7 +92,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.matcher, (torch.rand(shape, device=device.torch), 0.7, 0.3, True))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     matcher = detops.Matcher(0.7, 0.3, True)

@@ -1,6 +1,5 @@
 """match_max_iou and match_ssd: equal to their definitions in reference/matching.py, indices and IoUs."""
 
-import shutil
 import subprocess
 import sys
 
@@ -13,8 +12,6 @@ from reference import matching as reference
 
 import detops
 from detops import _library
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 # (high, low, options): the settings of RPN, the same in mmdetection, RetinaNet, Fast R-CNN, and odd ones.
 SETTINGS = {
@@ -430,7 +427,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.match_max_iou, arguments)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(device, dynamic):
@@ -462,21 +459,17 @@ def test_export_with_any_number_of_boxes():
 
 
 @pytest.mark.parametrize("setting", ["rpn", "first_of_ties_this_gt"])
-def test_any_number_of_threads_and_every_run_give_the_same(device, setting):
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device, setting):
     high, low, options = SETTINGS[setting]
-    n, before = device.limit(20_000, emulated=300), torch.get_num_threads()
-    rows, boxes, valid = (device.put(each) for each in scene(n, 30, images=3))
+    rows, boxes, valid = (device.put(each) for each in scene(device.limit(20_000, emulated=300), 30, images=3))
 
     def match():
         return detops.match_max_iou(rows, boxes, valid, high_threshold=high, low_threshold=low, **options)
 
     first = match()
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, match(), first))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, match(), first))
 
 
 MEMORY = """

@@ -1,6 +1,5 @@
 """max_iou: equal to the definition in reference/iou.py, values and indices, and never the matrix."""
 
-import shutil
 import sys
 
 import inputs
@@ -17,7 +16,6 @@ from detops import _library
 # Around the GPU's blocks of 256 rows and chunks of 256 columns, and the 16 lanes of the CPU.
 ROWS = (0, 1, 15, 16, 17, 255, 256, 257)
 COLUMNS = (0, 1, 2, 31, 33, 255, 256, 257, 600)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 def expected_of(boxes1, boxes2, valid=None):
@@ -258,7 +256,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.max_iou, shared)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(device, dynamic):
@@ -288,16 +286,13 @@ def test_export_with_any_number_of_boxes():
         np.testing.assert_array_equal(to_numpy(got), expected)
 
 
-def test_any_number_of_threads_and_every_run_give_the_same(device):
-    n, before = device.limit(20_000, emulated=300), torch.get_num_threads()
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device):
+    n = device.limit(20_000, emulated=300)
     boxes1, boxes2 = device.put(inputs.clustered_boxes(n)), device.put(inputs.grid_boxes(70) * 100)
     first = detops.max_iou(boxes1, boxes2)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, detops.max_iou(boxes1, boxes2), first))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, detops.max_iou(boxes1, boxes2), first))
 
 
 PREPARE = """

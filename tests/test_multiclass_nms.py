@@ -1,7 +1,5 @@
 """multiclass_nms: filter by score, best candidates, NMS by class, first K, for a batch and in fixed shapes."""
 
-import shutil
-
 import inputs
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ from reference import nms as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 OPTIONS = {
     "defaults": {},
     "everything passes": dict(score_threshold=-1.0, max_detections=400),
@@ -281,7 +278,7 @@ def test_opcheck(device, options):
             torch.library.opcheck(_library.ops.multiclass_nms, (*tensors, *options))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     def head(boxes, logits):
@@ -345,15 +342,11 @@ def test_does_not_wait_for_the_gpu(device):
 # The same on every run.
 
 
-def test_any_number_of_threads_gives_the_same_result():
-    before = torch.get_num_threads()
+def test_any_number_of_threads_gives_the_same_result(restore_threads):
     boxes, scores = (to_torch(array) for array in inputs.batch(3, 2000, 20))
-    try:
-        for class_agnostic in (False, True):
-            options = dict(class_agnostic=class_agnostic, max_detections=300)
-            expected = reference.multiclass_nms(to_numpy(boxes), to_numpy(scores), **options)
-            for threads in (1, 2, 3, 8):
-                torch.set_num_threads(threads)
-                assert_detections(detops.multiclass_nms(boxes, scores, **options), expected, boxes, scores)
-    finally:
-        torch.set_num_threads(before)
+    for class_agnostic in (False, True):
+        options = dict(class_agnostic=class_agnostic, max_detections=300)
+        expected = reference.multiclass_nms(to_numpy(boxes), to_numpy(scores), **options)
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            assert_detections(detops.multiclass_nms(boxes, scores, **options), expected, boxes, scores)

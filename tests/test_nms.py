@@ -1,6 +1,5 @@
 """nms and batched_nms: equal, index for index, to the definition in reference/nms.py."""
 
-import shutil
 import sys
 
 import inputs
@@ -15,7 +14,6 @@ import detops
 from detops import _library
 
 SIZES = (0, 1, 2, 31, 32, 33, 63, 64, 65, 1000)
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 def check(boxes, scores, iou_threshold, idxs=None):
@@ -342,7 +340,7 @@ def test_opcheck(device, n):
     torch.library.opcheck(_library.ops.batched_nms, (boxes, scores, ids, 0.5))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     def thin(boxes, scores, ids):
@@ -370,13 +368,6 @@ def test_export_with_any_number_of_boxes():
 
 
 # The same on every run, in bounded memory.
-
-
-@pytest.fixture
-def restore_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_any_number_of_threads_gives_the_same_result(restore_threads):

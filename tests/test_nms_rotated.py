@@ -1,7 +1,6 @@
 """nms_rotated: the decisions of nms with the IoU of rotated boxes."""
 
 import functools
-import shutil
 
 import inputs
 import numpy as np
@@ -13,69 +12,80 @@ from reference import iou as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
-
 
 def threshold_in_a_gap(ious, wanted):
-    """A threshold near the wanted one that no IoU comes near to, so that rounding decides nothing."""
+    """A threshold near the wanted one that no IoU comes near to, so that rounding decides nothing.
+
+    A threshold of 0 may stand: boxes that miss each other have the IoU 0 in any precision.
+    """
     for step in range(1000):
         threshold = wanted + step * 1e-4
-        if np.abs(ious - threshold).min(initial=1) > 2e-5:
+        others = ious[np.isfinite(ious) & (ious != threshold if threshold in (0, 1) else True)]
+        if np.abs(others - threshold).min(initial=1) > 2e-5:
             return threshold
     raise AssertionError("no gap")
 
 
-def check_by_matrix(boxes, scores, iou_threshold, idxs=None):
-    """The result is that of the greedy loop over the IoUs that box_iou gives; returns it."""
-    keep = detops.nms_rotated(boxes, scores, iou_threshold, idxs)
-    wide = boxes.double() if boxes.dtype == torch.float64 else boxes.float()
-    ious = to_numpy(detops.box_iou(wide, wide, fmt="cxcywhr"))
-    ids = None if idxs is None else to_numpy(idxs)
-    assert keep.dtype == torch.int64 and keep.device == boxes.device and keep.is_contiguous()
-    assert keep.tolist() == reference.nms_rotated(None, to_numpy(scores), iou_threshold, ids, ious).tolist()
-    return keep
+def ious_of(boxes):
+    """All IoUs of these boxes, in float64."""
+    boxes = np.ascontiguousarray(boxes, np.float64)
+    return _ious_of(boxes.tobytes(), len(boxes))
 
 
 @functools.cache
-def boxes_and_ious(n, jitter):
-    boxes = inputs.clustered_rotated_boxes(n, per_object=8, jitter=jitter, extent=300).astype(np.float32)
-    return boxes, reference.rotated_box_iou(boxes, boxes)
+def _ious_of(values, n):
+    boxes = np.frombuffer(values).reshape(n, 5)
+    return reference.rotated_box_iou(boxes, boxes)
+
+
+def check(boxes, scores, wanted, idxs=None):
+    """With a threshold near the wanted one, the result is that of the reference in float64; returns it."""
+    ious = ious_of(to_numpy(boxes))
+    threshold, ids = threshold_in_a_gap(ious, wanted), None if idxs is None else to_numpy(idxs)
+    keep = detops.nms_rotated(boxes, scores, threshold, idxs)
+    assert keep.dtype == torch.int64 and keep.device == boxes.device and keep.is_contiguous()
+    assert keep.tolist() == reference.nms_rotated(None, to_numpy(scores), threshold, ids, ious).tolist()
+    return keep
 
 
 @pytest.mark.parametrize(("wanted", "jitter"), [(0.0001, 0.1), (0.1, 0.1), (0.5, 0.1), (0.7, 0.1), (0.9, 0.02)])
 def test_equals_the_reference(device, wanted, jitter):
     for n in (2, 31, 65):
-        boxes, ious = boxes_and_ious(n, jitter)
-        threshold, ids = threshold_in_a_gap(ious, wanted), inputs.class_ids(n, 3)
+        boxes = inputs.clustered_rotated_boxes(n, per_object=8, jitter=jitter, extent=300).astype(np.float32)
+        ids = device.put(inputs.class_ids(n, 3))
         for scores in (inputs.distinct_scores(n), inputs.tied_scores(n), inputs.odd_scores(n)):
             for dtype in (torch.float32, torch.float64):
-                arguments = device.put(boxes, dtype), device.put(scores), threshold
-                expected = reference.nms_rotated(boxes, scores, threshold, ious=ious)
-                assert n == 2 or len(expected) < n
-                assert detops.nms_rotated(*arguments).tolist() == expected.tolist()
-                expected = reference.nms_rotated(boxes, scores, threshold, ids, ious)
-                assert detops.nms_rotated(*arguments, device.put(ids)).tolist() == expected.tolist()
-                assert detops.nms_rotated(*arguments, idxs=device.put(ids)).tolist() == expected.tolist()
+                arguments = device.put(boxes, dtype), device.put(scores), wanted
+                assert n == 2 or len(check(*arguments)) < n
+                check(*arguments, ids)
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 63, 64, 65, 128, 1000])
+@pytest.mark.parametrize("n", [0, 1, 2, 31, 32, 33, 63, 64, 65, 128, 300])
 def test_sizes(device, n):
     n = device.limit(n, emulated=200)
+    boxes = inputs.clustered_rotated_boxes(n).astype(np.float32)
+    ids = device.put(inputs.class_ids(n, 4))
     for dtype in (torch.float32, torch.float64):
-        boxes = device.put(inputs.clustered_rotated_boxes(n), dtype)
-        for iou_threshold in (0.0, 0.3, 0.7, 1.0):
-            check_by_matrix(boxes, device.put(inputs.distinct_scores(n)), iou_threshold)
-            check_by_matrix(boxes, device.put(inputs.tied_scores(n)), iou_threshold, device.put(inputs.class_ids(n, 4)))
+        for wanted in (0.0, 0.3, 0.7, 1.0):
+            check(device.put(boxes, dtype), device.put(inputs.distinct_scores(n)), wanted)
+            check(device.put(boxes, dtype), device.put(inputs.tied_scores(n)), wanted, ids)
 
 
-@pytest.mark.parametrize("n", [5000, 12_000])
+def test_class_ids_by_position_and_by_name(device):
+    boxes, scores = device.put(inputs.clustered_rotated_boxes(60)), device.put(inputs.distinct_scores(60))
+    ids = device.put(inputs.class_ids(60, 3))
+    assert torch.equal(detops.nms_rotated(boxes, scores, 0.5, ids), detops.nms_rotated(boxes, scores, 0.5, idxs=ids))
+
+
+@pytest.mark.parametrize("n", [1000, 5000, 12_000])
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_many_boxes_follow_the_definition(device, n):
-    # Without the matrix: the kept boxes do not suppress each other, and every other one is suppressed by a better one.
+    # The kept boxes do not suppress each other, and every other one is suppressed by a better one. By box_iou's IoUs,
+    # which test_iou_rotated judges: here many boxes are the point.
     boxes, scores = device.put(inputs.clustered_rotated_boxes(n, extent=3000)), device.put(inputs.distinct_scores(n))
     for idxs in (None, device.put(inputs.class_ids(n, 2))):
         keep = detops.nms_rotated(boxes, scores, 0.4, idxs)
-        assert (scores[keep].diff() < 0).all() and 100 < len(keep) < n
+        assert (scores[keep].diff() < 0).all() and n // 50 < len(keep) < n
         suppressed = torch.zeros(n, dtype=torch.bool, device=keep.device)
         for part in torch.arange(n, device=keep.device).split(1000):
             over = detops.box_iou(boxes[keep], boxes[part], fmt="cxcywhr") > 0.4
@@ -132,20 +142,20 @@ def test_boxes_without_an_iou_neither_suppress_nor_are_suppressed(device):
     for seed in range(4):
         order = np.random.default_rng(seed).permutation(len(boxes))
         for dtype in (torch.float32, torch.float64):
-            keep = check_by_matrix(device.put(boxes[order], dtype), device.put(inputs.distinct_scores(len(boxes))), 0.0)
+            keep = check(device.put(boxes[order], dtype), device.put(inputs.distinct_scores(len(boxes))), 0.0)
             assert set(order[keep.tolist()]) >= set(range(2 * len(odd)))
 
 
 def test_dtypes(device, boxes_dtype, scores_dtype):
     boxes = device.put(inputs.clustered_rotated_boxes(60, extent=300), boxes_dtype)
     for scores in (inputs.distinct_scores(60), inputs.odd_scores(60)):
-        check_by_matrix(boxes, device.put(scores, scores_dtype), 0.4, device.put(inputs.class_ids(60, 2)))
+        check(boxes, device.put(scores, scores_dtype), 0.4, device.put(inputs.class_ids(60, 2)))
 
 
 @pytest.mark.parametrize("idxs_dtype", [torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64])
 def test_class_id_dtypes(device, idxs_dtype):
     boxes, scores = device.put(inputs.clustered_rotated_boxes(60, extent=300)), device.put(inputs.distinct_scores(60))
-    check_by_matrix(boxes, scores, 0.3, device.put(inputs.class_ids(60, 2), idxs_dtype))
+    check(boxes, scores, 0.3, device.put(inputs.class_ids(60, 2), idxs_dtype))
 
 
 def test_inputs_of_any_strides_are_read(device):
@@ -155,8 +165,8 @@ def test_inputs_of_any_strides_are_read(device):
     cases = [(wide[::2], scores[::2], ids[::2]), (wide.t().contiguous().t(), scores, ids)]
     cases += [(rows[:, :5], rows[:, 5], rows[:, 6].long()), (wide[:1].expand(9, 5), scores[:9], ids[:1].expand(9))]
     for boxes, some_scores, some_ids in cases:
-        check_by_matrix(boxes, some_scores, 0.4)
-        check_by_matrix(boxes, some_scores, 0.4, some_ids)
+        check(boxes, some_scores, 0.4)
+        check(boxes, some_scores, 0.4, some_ids)
 
 
 # Bad input.
@@ -205,7 +215,7 @@ def test_opcheck(device, n):
     torch.library.opcheck(_library.ops.nms_rotated, (boxes, scores, 0.5, device.put(inputs.class_ids(n, 3))))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     def thin(boxes, scores, ids):
@@ -232,16 +242,13 @@ def test_export_with_any_number_of_boxes():
     dynamic = {0: torch.export.Dim("n", min=2)}
     program = torch.export.export(Thin(), arguments(40), dynamic_shapes=(dynamic, dynamic))
     for n in (40, 150):
-        assert torch.equal(program.module()(*arguments(n)), check_by_matrix(*arguments(n), 0.4))
+        assert torch.equal(program.module()(*arguments(n)), check(*arguments(n), 0.4))
 
 
-def test_any_number_of_threads_and_every_run_give_the_same():
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads):
     boxes, scores = to_torch(inputs.clustered_rotated_boxes(3000)), to_torch(inputs.tied_scores(3000, levels=300))
-    ids, before, results = to_torch(inputs.class_ids(3000, 9)), torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 8, 8):
-            torch.set_num_threads(threads)
-            results.append([detops.nms_rotated(boxes, scores, 0.4, each).tolist() for each in (None, ids)])
-    finally:
-        torch.set_num_threads(before)
+    ids, results = to_torch(inputs.class_ids(3000, 9)), []
+    for threads in (1, 2, 3, 8, 8):
+        torch.set_num_threads(threads)
+        results.append([detops.nms_rotated(boxes, scores, 0.4, each).tolist() for each in (None, ids)])
     assert all(result == results[0] for result in results[1:]) and len(results[0][0]) < len(results[0][1]) < 3000

@@ -138,7 +138,8 @@ def rotated_iou(box1, box2):
     box1[:2] = 0
     area1, area2 = box1[2] * box1[3], box2[2] * box2[3]
     intersection = 0.0
-    if min(*box1[2:4], *box2[2:4]) > 0:
+    reach = (np.hypot(*box1[2:4]) + np.hypot(*box2[2:4])) / 2  # of the circles around the boxes, to save time
+    if min(*box1[2:4], *box2[2:4]) > 0 and np.hypot(*box2[:2]) <= reach:
         polygon, sides = list(corners(box1)), corners(box2)
         for i in range(4):
             polygon = clip_polygon(polygon, sides[i], sides[(i + 1) % 4])
