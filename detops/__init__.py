@@ -26,7 +26,7 @@ from .iou import (
     generalized_box_iou,
     max_iou,
 )
-from .linear_sum_assignment import linear_sum_assignment
+from .linear_sum_assignment import linear_sum_assignment, match_detr
 from .losses import (
     complete_box_iou_loss,
     distance_box_iou_loss,
@@ -65,6 +65,7 @@ __all__ = [
     "generalized_box_iou_loss",
     "linear_sum_assignment",
     "masks_to_boxes",
+    "match_detr",
     "match_max_iou",
     "match_ssd",
     "max_iou",
