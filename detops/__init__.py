@@ -38,7 +38,7 @@ from .losses import (
     siou_loss,
     varifocal_loss,
 )
-from .matching import Matcher, Matches, match_max_iou, match_ssd
+from .matching import Matcher, Matches, Samples, assign_atss, match_max_iou, match_ssd, sample_matches
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
@@ -48,6 +48,8 @@ __all__ = [
     "GroundTruth",
     "Matcher",
     "Matches",
+    "Samples",
+    "assign_atss",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -75,6 +77,7 @@ __all__ = [
     "pad_ground_truth",
     "quality_focal_loss",
     "remove_small_boxes",
+    "sample_matches",
     "sigmoid_focal_loss",
     "siou_loss",
     "varifocal_loss",
