@@ -36,7 +36,7 @@ from .iou import (
     generalized_box_iou,
     max_iou,
 )
-from .linear_sum_assignment import linear_sum_assignment
+from .linear_sum_assignment import linear_sum_assignment, match_detr
 from .losses import (
     complete_box_iou_loss,
     distance_box_iou_loss,
@@ -48,7 +48,7 @@ from .losses import (
     siou_loss,
     varifocal_loss,
 )
-from .matching import Matcher, Matches, match_max_iou, match_ssd
+from .matching import Matcher, Matches, Samples, assign_atss, match_max_iou, match_ssd, sample_matches
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
 
 __version__ = _library.version
@@ -59,7 +59,9 @@ __all__ = [
     "GroundTruth",
     "Matcher",
     "Matches",
+    "Samples",
     "YoloPredictions",
+    "assign_atss",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -83,6 +85,7 @@ __all__ = [
     "generalized_box_iou_loss",
     "linear_sum_assignment",
     "masks_to_boxes",
+    "match_detr",
     "match_max_iou",
     "match_ssd",
     "max_iou",
@@ -92,6 +95,7 @@ __all__ = [
     "pad_ground_truth",
     "quality_focal_loss",
     "remove_small_boxes",
+    "sample_matches",
     "sigmoid_focal_loss",
     "siou_loss",
     "varifocal_loss",

@@ -40,6 +40,86 @@ def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None) -> Te
     return _library.ops.linear_sum_assignment(cost, num_targets)
 
 
+def match_detr(
+    logits: Tensor,
+    boxes: Tensor,
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_valid: Tensor | None = None,
+    *,
+    class_cost: str = "softmax",
+    class_weight: float = 1.0,
+    l1_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+    fmt: str = "cxcywh",
+) -> Tensor:
+    """DETR's bipartite matching: for each ground-truth box the query that is to predict it, at the least total cost.
+
+    cost = l1_weight * L1 + class_weight * class - giou_weight * GIoU, with the L1 distance of (cx, cy, w, h) and
+    class = -softmax(logits)[label] ("softmax"), or with p = sigmoid(logit of the label)
+    class = alpha (1 - p)^gamma (-log(p + 1e-8)) - (1 - alpha) p^gamma (-log(1 - p + 1e-8)) ("focal").
+
+    Args:
+        logits: [B, Q, C], floating. With "softmax" C counts the class "no object" too.
+        boxes: [B, Q, 4] in `fmt`, of any unit; DETR's are in shares of the image.
+        gt_boxes: [B, M, 4] in the same format and unit.
+        gt_labels: [B, M] integer, from 0 to C - 1.
+        gt_valid: [B, M] bool: which boxes take part; all if None. Other rows may hold anything.
+        class_cost: "softmax" as in DETR, or "focal" as in Deformable DETR and RT-DETR (there with class_weight=2).
+        class_weight, l1_weight, giou_weight: of the parts of the cost.
+        alpha, gamma: of the focal cost; gamma at least 0.
+        fmt: "cxcywh" or "xyxy".
+
+    Returns:
+        int64 [B, M]: the query of each box; -1 for rows that are not valid, and for the boxes left over where there are
+        more than queries.
+
+    Half inputs are computed in float32; the class cost is computed in float64 and rounded. Ties as
+    `linear_sum_assignment`. No gradient. On a GPU there is no host synchronisation: a pair whose cost is NaN, and a box
+    with a label out of range, are forbidden there.
+
+    Raises:
+        ValueError: unknown `class_cost` or `fmt`, a weight that is not finite, or gamma below 0.
+        RuntimeError: wrong shapes, dtypes or devices; on the CPU also labels out of range and costs that are NaN.
+
+    Example:
+        >>> logits = torch.tensor([[[4., 0., 0.], [0., 4., 0.], [0., 0., 4.]]])
+        >>> boxes = torch.tensor([[[.2, .2, .2, .2], [.7, .7, .2, .2], [.5, .5, .9, .9]]])
+        >>> match_detr(logits, boxes, boxes[:, [1, 0]], torch.tensor([[1, 0]]))
+        tensor([[1, 0]])
+
+    Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, HungarianMatcher; Zhu et al.,
+    "Deformable DETR", ICLR 2021. They build the costs across all images of a batch and solve image by image on the CPU.
+    """
+    op = "match_detr"
+    if class_cost not in ("softmax", "focal"):
+        raise ValueError(f"{op}: class_cost must be 'softmax' or 'focal', got {class_cost!r}")
+    if fmt not in ("cxcywh", "xyxy"):
+        raise ValueError(f"{op}: fmt must be 'cxcywh' or 'xyxy', got {fmt!r}")
+    weights = {"class_weight": class_weight, "l1_weight": l1_weight, "giou_weight": giou_weight, "alpha": alpha}
+    for name, weight in weights.items():
+        if not -float("inf") < weight < float("inf"):
+            raise ValueError(f"{op}: {name} must be finite, got {weight}")
+    if not 0 <= gamma < float("inf"):
+        raise ValueError(f"{op}: gamma must be finite and at least 0, got {gamma}")
+    double = torch.float64 in (logits.dtype, boxes.dtype, gt_boxes.dtype)
+    dtype = torch.float64 if double else torch.float32
+    logits, boxes, gt_boxes = (each.detach().to(dtype) for each in (logits, boxes, gt_boxes))
+    if not gt_labels.is_floating_point():
+        gt_labels = gt_labels.long()
+    return _library.ops.match_detr(
+        *(logits, boxes, gt_boxes, gt_labels, gt_valid, class_cost == "focal"),
+        *(class_weight, l1_weight, giou_weight, alpha, gamma, fmt == "xyxy"),
+    )
+
+
 @register_fake("linear_sum_assignment")
 def _(cost: Tensor, num_targets: Tensor | None) -> Tensor:
     return cost.new_empty(cost.shape[0], cost.shape[2], dtype=torch.int64)
+
+
+@register_fake("match_detr")
+def _(logits: Tensor, boxes: Tensor, gt_boxes: Tensor, gt_labels: Tensor, *options) -> Tensor:
+    return gt_labels.new_empty(gt_labels.shape)

@@ -11,6 +11,7 @@ All functions share these rules, on every device:
 - No gradient. No host synchronisation on a GPU. No [M, A] matrix is made.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -209,6 +210,108 @@ def match_ssd(anchors: Tensor, gt_boxes: Tensor, gt_valid: Tensor | None = None,
     )
 
 
+def assign_atss(
+    anchors: Tensor, level_sizes: Sequence[int], gt_boxes: Tensor, gt_valid: Tensor | None = None, *, topk: int = 9
+) -> Matches:
+    """Adaptive training sample selection: each box takes the anchors near it whose IoU is high for that box.
+
+    The candidates of a box are, of each level, the `topk` anchors whose centres are nearest to its own. Positive are
+    those with IoU >= mean + standard deviation (unbiased) of the IoUs of all candidates of the box, and whose centre is
+    inside the box by more than 0.01.
+
+    Args:
+        anchors: [A, 4] xyxy for all images, or [B, A, 4]; level after level.
+        level_sizes: the number of anchors of each level, at most 32 of them; they add up to A.
+        gt_boxes: [B, M, 4] xyxy.
+        gt_valid: [B, M] bool: which boxes take part; all if None.
+        topk: at least 1; levels with fewer anchors give all.
+
+    Returns:
+        `Matches(indices [B, A], ious [B, A])`: no index is -2; `ious` are those with the box that the anchor goes to, 0
+        for background. An anchor that is positive for several boxes goes to the one of the highest IoU, then the first.
+
+    Equal distances go to the lower anchor; distances that are NaN are the largest. Mean and deviation are computed in
+    float64. A box with one candidate in all has no positives: there is no deviation. dtypes, NaN: see the notes of the
+    module `detops.matching`. Memory beyond inputs and outputs is O(B (A + M topk levels)).
+
+    Raises:
+        RuntimeError: wrong shapes, dtypes or devices, level sizes that do not add up to A, or `topk` below 1.
+
+    Example:
+        >>> anchors = torch.tensor([[0., 0., 8., 8.], [8., 0., 16., 8.], [0., 8., 8., 16.], [0., 0., 16., 16.]])
+        >>> assign_atss(anchors, [3, 1], torch.tensor([[[0., 0., 9., 9.]]]), topk=2).indices
+        tensor([[ 0, -1, -1, -1]])
+
+    Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
+    Selection", CVPR 2020; mmdetection's ATSSAssigner, which leaves ties of the distance open.
+    """
+    anchors, gt_boxes = _share_dtype(anchors, gt_boxes)
+    return Matches(*_library.ops.assign_atss(anchors, level_sizes, gt_boxes, gt_valid, topk))
+
+
+class Samples(NamedTuple):
+    """The anchors of each image that a loss is computed for."""
+
+    indices: Tensor
+    """[B, S] int64: anchors; the positives first, then the negatives, each by index; -1 in padded places."""
+    positive_counts: Tensor
+    """[B] int64: how many of an image are positives."""
+    counts: Tensor
+    """[B] int64: how many there are in all."""
+
+
+_pytree._register_namedtuple(Samples, serialized_type_name="detops.matching.Samples")
+
+
+def sample_matches(
+    matches: Matches | Tensor,
+    batch_size_per_image: int,
+    positive_fraction: float,
+    *,
+    generator: torch.Generator | None = None,
+) -> Samples:
+    """Draws positives and negatives at random, in a balance: without replacement, all equally likely.
+
+    Of the positives (index >= 0) at most int(batch_size_per_image * positive_fraction) are drawn; of the negatives (-1)
+    as many as then fit. Anchors with any other index are never drawn.
+
+    Args:
+        matches: a result of this module, or its indices [B, A] int64.
+        batch_size_per_image: S, at least 0.
+        positive_fraction: from 0 to 1.
+        generator: of the device of `matches`; torch's own if None.
+
+    Returns:
+        `Samples(indices [B, S], positive_counts [B], counts [B])`, of fixed shapes.
+
+    The same random state gives the same samples. No gradient. No host synchronisation on a GPU; torch.compile in one
+    graph holds without a generator.
+
+    Raises:
+        ValueError: `batch_size_per_image` or `positive_fraction` out of range.
+        RuntimeError: wrong shape or dtype, or a generator of another device.
+
+    Example:
+        >>> samples = sample_matches(torch.tensor([[2, -1, -2, -1, -1]]), 3, 0.5)
+        >>> samples.indices[0, 0].item(), samples.counts.tolist()
+        (0, [3])
+
+    Source: torchvision's BalancedPositiveNegativeSampler, which returns a mask for each image, and draws other samples
+    from the same random state.
+    """
+    op = "sample_matches"
+    if batch_size_per_image < 0:
+        raise ValueError(f"{op}: batch_size_per_image must be at least 0, got {batch_size_per_image}")
+    if not 0 <= positive_fraction <= 1:
+        raise ValueError(f"{op}: positive_fraction must be from 0 to 1, got {positive_fraction}")
+    indices = matches.indices if isinstance(matches, Matches) else matches
+    # Without a generator by another overload: with one, torch.export knows no sizes that vary.
+    given = {} if generator is None else {"generator": generator}
+    keys = torch.randint(-(2**31), 2**31, indices.shape, dtype=torch.int32, device=indices.device, **given)
+    most_positives = int(batch_size_per_image * positive_fraction)
+    return Samples(*_library.ops.sample_matches(indices, keys, batch_size_per_image, most_positives))
+
+
 def _check_thresholds(op: str, high_threshold: float, low_threshold: float) -> None:
     if not low_threshold <= high_threshold:  # so that NaN fails too
         raise ValueError(
@@ -232,3 +335,15 @@ def _(anchors: Tensor, gt_boxes: Tensor, *options) -> tuple[Tensor, Tensor]:
 @register_fake("matcher")
 def _(match_quality_matrix: Tensor, *options) -> Tensor:
     return match_quality_matrix.new_empty(match_quality_matrix.shape[1], dtype=torch.int64)
+
+
+@register_fake("assign_atss")
+def _(anchors: Tensor, level_sizes: Sequence[int], gt_boxes: Tensor, *options) -> tuple[Tensor, Tensor]:
+    shape = gt_boxes.shape[0], anchors.shape[-2]
+    return anchors.new_empty(shape, dtype=torch.int64), anchors.new_empty(shape)
+
+
+@register_fake("sample_matches")
+def _(matches: Tensor, keys: Tensor, batch_size_per_image: int, most_positives: int) -> tuple[Tensor, Tensor, Tensor]:
+    images = matches.shape[0]
+    return matches.new_empty(images, batch_size_per_image), matches.new_empty(images), matches.new_empty(images)

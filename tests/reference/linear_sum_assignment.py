@@ -4,6 +4,8 @@ import itertools
 
 import numpy as np
 
+from .iou import pair_value
+
 
 def linear_sum_assignment(cost):
     """(pairs, total) of the best assignments of targets to queries, cost [Q, T]: the largest number of allowed pairs,
@@ -34,3 +36,66 @@ def total_cost(cost, found):
     """(pairs, sum) of the pairs of an assignment, cost [Q, T]."""
     pairs = [(query, target) for target, query in enumerate(found) if query >= 0]
     return len(pairs), float(sum(np.float64(cost[query, target]) for query, target in pairs))
+
+
+def match_detr(
+    logits, boxes, gt_boxes, gt_labels, *, class_cost="softmax", weights=(1.0, 5.0, 2.0), alpha=0.25, gamma=2.0,
+    fmt="cxcywh",
+):  # fmt: skip
+    """The costs [Q, M] of one image, all of whose boxes are valid; arrays of float32 or float64. Weights: class, L1,
+    GIoU. The class cost is computed in float64 and rounded, the rest step by step in the arrays' dtype."""
+    dtype = logits.dtype.type
+    class_weight, l1_weight, giou_weight = map(dtype, weights)
+    wide = logits.astype(np.float64)
+    if class_cost == "softmax":
+        exps = np.exp(wide - wide.max(1, keepdims=True))
+        of_class = -exps / exps.sum(1, keepdims=True)
+    else:
+        with np.errstate(over="ignore"):
+            p, absent = 1 / (1 + np.exp(-wide)), 1 / (1 + np.exp(wide))
+        of_class = alpha * absent**gamma * -np.log(p + 1e-8) - (1 - alpha) * p**gamma * -np.log(absent + 1e-8)
+    of_class = of_class.astype(dtype)
+    cost = np.empty((len(boxes), len(gt_boxes)), dtype)
+    for q, box in enumerate(boxes):
+        for t, gt in enumerate(gt_boxes):
+            apart = np.abs(centred(box, fmt) - centred(gt, fmt))
+            l1 = apart[0] + apart[1] + apart[2] + apart[3]
+            giou = pair_value("generalized", cornered(box, fmt), cornered(gt, fmt), 0)
+            cost[q, t] = l1_weight * l1 + class_weight * of_class[q, gt_labels[t]] + giou_weight * -giou
+    return cost
+
+
+def centred(box, fmt):
+    if fmt == "cxcywh":
+        return box
+    return np.array([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2, box[2] - box[0], box[3] - box[1]], box.dtype)
+
+
+def cornered(box, fmt):
+    if fmt == "xyxy":
+        return box
+    return np.array([box[0] - box[2] / 2, box[1] - box[3] / 2, box[0] + box[2] / 2, box[1] + box[3] / 2], box.dtype)
+
+
+def cheapest(cost):
+    """The query of each target for cost [Q, T], all finite, T <= Q, where the best assignment is unique: target after
+    target, along the shortest augmenting path in the graph of what is assigned so far (Bellman and Ford)."""
+    queries, targets = cost.shape
+    cost = cost.astype(np.float64)
+    found = np.full(targets, -1)
+    for start in range(targets):
+        length, through = np.full(queries, np.inf), np.full(queries, -1)  # to a query, by way of which target
+        to_target = np.full(targets, np.inf)
+        to_target[start] = 0
+        for _ in range(targets):
+            for target in np.flatnonzero(np.isfinite(to_target)):
+                shorter = to_target[target] + cost[:, target] < length - 1e-12  # a cycle of rounding errors is none
+                length[shorter], through[shorter] = to_target[target] + cost[shorter, target], target
+            for target in np.flatnonzero(found >= 0):
+                to_target[target] = length[found[target]] - cost[found[target], target]
+        free = np.setdiff1d(np.arange(queries), found)
+        query = free[np.argmin(length[free])]
+        while query >= 0:
+            target = through[query]
+            found[target], query = query, found[target]
+    return found

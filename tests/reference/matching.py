@@ -73,3 +73,41 @@ def match_ssd(anchors, gt_boxes, gt_valid, threshold=0.5):
         if len(anchors):
             indices[max(range(len(anchors)), key=lambda a: (quality[g, a], -a))] = g
     return np.array([rows[i] if i >= 0 else i for i in indices], np.int64), best
+
+
+def assign_atss(anchors, level_sizes, gt_boxes, gt_valid, topk=9):
+    """(indices, ious) for one image."""
+    dtype = anchors.dtype.type
+    indices, ious = np.full(len(anchors), -1), np.zeros(len(anchors), dtype)
+    with np.errstate(all="ignore"):
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        for row in np.flatnonzero(gt_valid):
+            gt = gt_boxes[row]
+            apart = centres - (gt[:2] + gt[2:]) / 2
+            distances = apart[:, 0] * apart[:, 0] + apart[:, 1] * apart[:, 1]
+            distances = np.where(np.isnan(distances), np.inf, distances)
+            candidates, first = [], 0
+            for size in level_sizes:
+                level = range(first, first + size)
+                candidates += sorted(level, key=lambda a, distances=distances: (distances[a], a))[:topk]
+                first += size
+            own = iou_matrix(gt[None], anchors[candidates])[0]
+            wide = [float(iou) for iou in own]
+            mean = sum(wide) / len(wide)
+            deviation = np.sqrt(sum((iou - mean) * (iou - mean) for iou in wide) / np.float64(len(wide) - 1))
+            threshold = dtype(mean + deviation)
+            for anchor, iou in zip(candidates, own, strict=True):
+                inside = np.concatenate([centres[anchor] - gt[:2], gt[2:] - centres[anchor]]) > dtype(0.01)
+                if iou >= threshold and inside.all() and (indices[anchor] < 0 or iou > ious[anchor]):
+                    indices[anchor], ious[anchor] = row, iou
+    return indices, ious
+
+
+def sample_matches(matches, keys, batch_size_per_image, most_positives):
+    """(indices, positive count, count) of one image, the smallest keys first drawn."""
+    drawn = []
+    for kind, limit in ((matches >= 0, most_positives), (matches == -1, batch_size_per_image)):
+        ranked = sorted(np.flatnonzero(kind), key=lambda a: (keys[a], a))
+        drawn.append(sorted(ranked[: min(limit, batch_size_per_image - len(sum(drawn, [])))]))
+    flat = sum(drawn, [])
+    return flat + [-1] * (batch_size_per_image - len(flat)), len(drawn[0]), len(flat)

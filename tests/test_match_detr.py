@@ -1,0 +1,297 @@
+"""match_detr: the cheapest assignment for the costs of reference/linear_sum_assignment.py."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from inputs import to_numpy, to_torch
+from reference import linear_sum_assignment as reference
+
+import detops
+from detops import _library
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
+COSTS = {
+    "detr": {},
+    "rt_detr": dict(class_cost="focal", class_weight=2.0),
+    "gamma": dict(class_cost="focal", class_weight=3.0, alpha=0.4, gamma=1.5, l1_weight=1.0, giou_weight=0.5),
+    "class_only": dict(l1_weight=0.0, giou_weight=0.0),
+    "box_only": dict(class_weight=0.0),
+}
+
+
+def scene(images, queries, classes, gts, seed=0, share=0.7):
+    """Logits, boxes, gt_boxes, labels and which boxes are valid; boxes in shares of the image."""
+    rng = np.random.default_rng(seed)
+
+    def boxes(n):
+        return np.concatenate([rng.uniform(0.1, 0.9, (images, n, 2)), rng.uniform(0.05, 0.5, (images, n, 2))], -1)
+
+    logits = rng.normal(0, 2, (images, queries, classes))
+    return (
+        logits,
+        boxes(queries),
+        boxes(gts),
+        rng.integers(0, classes, (images, gts)),
+        rng.random((images, gts)) < share,
+    )
+
+
+def put(device, arrays, dtype=None):
+    return [device.put(each, None if each.dtype != np.float64 else dtype) for each in arrays]
+
+
+def cost_of(arguments, image, options):
+    """The costs of the reference for the valid boxes of an image, and the rows of these."""
+    logits, boxes, gt_boxes, labels, valid = (None if each is None else to_numpy(each)[image] for each in arguments)
+    rows = np.flatnonzero(np.ones(len(labels)) if valid is None else valid)
+    options = dict(options)
+    weights = [options.pop(f"{name}_weight", default) for name, default in (("class", 1.0), ("l1", 5.0), ("giou", 2.0))]
+    cost = reference.match_detr(logits, boxes, gt_boxes[rows], labels[rows], weights=weights, **options)
+    return cost, rows
+
+
+def check(arguments, **options):
+    """The assignment is as cheap as can be, and the only one that is (but for floating-point noise)."""
+    found = detops.match_detr(*arguments, **options)
+    assert found.dtype == torch.int64 and found.shape == arguments[2].shape[:2] and found.device == arguments[0].device
+    for image, queries in enumerate(to_numpy(found)):
+        cost, rows = cost_of(arguments, image, options)
+        assert (np.delete(queries, rows) == -1).all()
+        own = queries[rows]
+        assert reference.is_assignment(own, *cost.shape) and (own >= 0).sum() == min(cost.shape)
+        if cost.shape[1] <= cost.shape[0]:
+            assert own.tolist() == reference.cheapest(cost).tolist()
+        else:
+            query_of = reference.cheapest(cost.T)
+            assert [own[target] for target in query_of] == list(range(len(cost)))
+    return found
+
+
+@pytest.mark.parametrize("gts", [0, 1, 5, 13])
+@pytest.mark.parametrize("queries", [1, 9, 33])
+@pytest.mark.parametrize("costs", COSTS)
+def test_sizes(device, queries, gts, costs):
+    arrays = scene(2, queries, 7, gts)
+    if costs == "class_only":  # else boxes of one class tie
+        arrays[3][:] = np.arange(gts) % 7
+        arrays[4][:, 7:] = False
+    for dtype in (torch.float32, torch.float64):
+        check(put(device, arrays, dtype), **COSTS[costs])
+    check([*put(device, arrays)[:4], None] if costs != "class_only" else put(device, arrays), **COSTS[costs])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 31, 32, 33, 91])
+def test_numbers_of_classes(device, classes):
+    for costs in ("detr", "rt_detr"):
+        check(put(device, scene(2, 20, classes, 6)), **COSTS[costs])
+
+
+def test_class_cost_decides_as_computed(device):
+    # One box, so that the assignment is the first of the least costs: it shows the costs to the bit.
+    for seed in range(4):
+        for costs in ("detr", "rt_detr", "gamma", "box_only"):
+            arguments = put(device, scene(3, 40, 5, 1, seed, share=1))
+            for each in arguments[:2]:
+                each[:, 20:] = each[:, :20]  # ties
+            found = detops.match_detr(*arguments, **COSTS[costs])
+            expected = [cost_of(arguments, image, COSTS[costs])[0].argmin() for image in range(3)]
+            assert found[:, 0].tolist() == expected
+
+
+def test_large_logits(device):
+    arguments = put(device, scene(1, 12, 4, 3, share=1))
+    for scale in (50, 1e4):
+        arguments[0] = arguments[0].sign() * scale + arguments[0]
+        for costs in ("detr", "rt_detr"):
+            check(arguments, **COSTS[costs])
+    masked = put(device, scene(1, 12, 4, 3, share=1))
+    masked[0][:, :, 3] = -float("inf")  # a class that is ruled out
+    masked[3][:] = masked[3] % 3
+    check(masked)
+
+
+def test_formats(device):
+    arguments = put(device, scene(2, 20, 5, 6), torch.float64)
+    of_centres = detops.match_detr(*arguments)
+    for i in (1, 2):
+        arguments[i] = detops.box_convert(arguments[i], "cxcywh", "xyxy")
+    assert torch.equal(check(arguments, fmt="xyxy"), of_centres)
+
+
+def test_rows_that_are_not_valid_have_no_say(device):
+    arrays = scene(3, 20, 5, 9)
+    arrays[4][1] = False
+    results = []
+    for filler in (np.nan, np.inf, 0.5):
+        arrays[2][~arrays[4]] = filler
+        arrays[3][~arrays[4]] = -5 if filler == 0.5 else 99
+        results.append(check(put(device, arrays)))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    assert (results[0][1] == -1).all()
+
+
+def test_costs_stay_within_their_image(device):
+    arguments = put(device, scene(4, 15, 5, 6))
+    together = detops.match_detr(*arguments)
+    for i in range(4):
+        assert torch.equal(detops.match_detr(*(each[i : i + 1] for each in arguments))[0], together[i])
+
+
+def test_dtypes_and_strides(device, boxes_dtype):
+    arrays = scene(2, 20, 5, 6)
+    arguments = put(device, arrays, boxes_dtype)
+    wide = [each.float() if each.is_floating_point() and each.element_size() == 2 else each for each in arguments]
+    assert torch.equal(detops.match_detr(*arguments), check(wide))
+    arguments[3] = arguments[3].to(torch.int32)
+    assert torch.equal(detops.match_detr(*arguments), check(wide))
+    views = [each.transpose(0, 1).contiguous().transpose(0, 1) for each in wide]
+    assert torch.equal(detops.match_detr(*views), check(wide))
+
+
+def test_empty(device):
+    for images, queries, gts in ((0, 4, 3), (2, 4, 0), (2, 0, 3)):
+        found = detops.match_detr(*put(device, scene(images, queries, 5, gts)))
+        assert found.shape == (images, gts) and (found == -1).all()
+
+
+def test_equals_eager_pytorch_and_scipy(device):
+    optimize = pytest.importorskip("scipy.optimize")
+    logits, boxes, gt_boxes, labels, valid = put(device, scene(3, 60, 20, 12))
+    found = detops.match_detr(logits, boxes, gt_boxes, labels, valid)
+    for i in range(3):
+        rows = valid[i].nonzero()[:, 0]
+        probability = logits[i].softmax(-1)[:, labels[i, rows]]
+        corners = [detops.box_convert(each, "cxcywh", "xyxy") for each in (boxes[i], gt_boxes[i, rows])]
+        giou = detops.generalized_box_iou(*corners)
+        cost = 5 * torch.cdist(boxes[i], gt_boxes[i, rows], p=1) - probability - 2 * giou
+        queries, targets = optimize.linear_sum_assignment(cost.cpu().numpy())
+        assert found[i, rows[targets]].tolist() == queries.tolist()
+
+
+@pytest.mark.parametrize("what", ["logits", "boxes", "gt_boxes", "empty"])
+def test_costs_that_are_no_numbers(device, what):
+    arguments = put(device, scene(3, 9, 5, 4, share=1))
+    if what == "empty":
+        arguments[1][1, 2] = arguments[2][1, 3] = 0
+    else:
+        arguments[("logits", "boxes", "gt_boxes").index(what)][1, 2] = float("nan")
+    if device.name == "cpu":
+        with pytest.raises(RuntimeError, match="^match_detr: costs must be numbers, got NaN or -inf in image 1, as of"):
+            detops.match_detr(*arguments)
+        return
+    found = detops.match_detr(*arguments)
+    assert reference.is_assignment(to_numpy(found)[1], 9, 4)
+    assert (found[1] >= 0).sum() == (3 if what == "gt_boxes" else 4)
+    if what in ("logits", "boxes"):
+        assert (found[1] != 2).all()
+
+
+@pytest.mark.parametrize("label", [-1, 5])
+def test_labels_out_of_range(device, label):
+    arguments = put(device, scene(2, 9, 5, 4, share=1))
+    arguments[3][1, 2] = label
+    if device.name == "cpu":
+        message = rf"^match_detr: gt_labels must be from 0 to C - 1 \(4\) where valid, got {label}$"
+        with pytest.raises(RuntimeError, match=message):
+            detops.match_detr(*arguments)
+    else:
+        found = detops.match_detr(*arguments)
+        arguments[4][1, 2] = False
+        assert torch.equal(found, detops.match_detr(*arguments))
+
+
+L, X, G, Y, V = (to_torch(each) for each in scene(2, 6, 5, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((L[0], X, G, Y, V), r"logits must have shape \[B, Q, C\], got \[6, 5\]"),
+        ((L, X[:, 1:], G, Y, V), r"boxes must have shape \[B, Q, 4\] with .*, got \[2, 5, 4\]"),
+        ((L, X, G[:1], Y, V), r"gt_boxes must have shape \[B, M, 4\] with .*, got \[1, 3, 4\]"),
+        ((L, X, G, Y[:, 1:], V), r"gt_labels must have shape \[B, M\] with .*, got \[2, 2\]"),
+        ((L, X, G, Y.float(), V), "gt_labels must be int64, got float32"),
+        ((L, X, G, Y, V[:, 1:]), r"gt_valid must have one value per box of gt_boxes .*, got \[2, 2\]"),
+        ((L, X, G, Y, V.long()), "gt_valid must be bool, got int64"),
+    ],
+)
+def test_bad_tensors(device, arguments, message):
+    with pytest.raises(RuntimeError, match=f"^match_detr: {message}$"):
+        detops.match_detr(*(each.to(device.torch) for each in arguments))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_cost": "bce"}, "class_cost must be 'softmax' or 'focal', got 'bce'"),
+        ({"fmt": "xywh"}, "fmt must be 'cxcywh' or 'xyxy', got 'xywh'"),
+        ({"l1_weight": float("inf")}, "l1_weight must be finite, got inf"),
+        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+        ({"gamma": -1.0}, "gamma must be finite and at least 0, got -1.0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=f"^match_detr: {message}$"):
+        detops.match_detr(L, X, G, Y, V, **options)
+
+
+def test_no_gradient(device):
+    arguments = put(device, scene(2, 6, 5, 3))
+    arguments[0].requires_grad_()
+    assert not detops.match_detr(*arguments).requires_grad
+
+
+def test_opcheck(device):
+    arguments = put(device, scene(2, 9, 5, 4))
+    for focal, valid in ((False, arguments[4]), (True, None)):
+        options = (*arguments[:4], valid, focal, 1.0, 5.0, 2.0, 0.25, 2.0, False)
+        torch.library.opcheck(_library.ops.match_detr, options)
+
+
+@needs_compiler
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_compile_in_one_graph(device):
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *arguments: detops.match_detr(*arguments) + 1, fullgraph=True)
+    for gts in (5, 7):
+        arguments = put(device, scene(2, 9, 5, gts))
+        assert torch.equal(compiled(*arguments), detops.match_detr(*arguments) + 1)
+
+
+def test_export():
+    class Match(torch.nn.Module):
+        def forward(self, *arguments):
+            return detops.match_detr(*arguments)
+
+    example = tuple(to_torch(each) for each in scene(2, 9, 5, 4))
+    gts = torch.export.Dim("gts")
+    shapes = ({}, {}, {1: gts}, {1: gts}, {1: gts})
+    program = torch.export.export(Match(), example, dynamic_shapes={"arguments": shapes})
+    arguments = [to_torch(each) for each in scene(2, 9, 5, 8)]
+    assert torch.equal(program.module()(*arguments), Match()(*arguments))
+
+
+def test_any_number_of_threads_and_every_run_give_the_same(device):
+    before = torch.get_num_threads()
+    arguments = put(device, scene(4, 40, 5, 9))
+    first = detops.match_detr(*arguments)
+    try:
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            assert torch.equal(detops.match_detr(*arguments), first)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("device", ["cuda"], indirect=True)
+def test_no_synchronisation(device):
+    arguments = put(device, scene(2, 40, 5, 9))
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for costs in ("detr", "rt_detr"):
+            detops.match_detr(*arguments, **COSTS[costs])
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
