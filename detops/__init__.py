@@ -50,7 +50,7 @@ from .losses import (
 )
 from .matching import Matcher, Matches, match_max_iou, match_ssd
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
-from .yolo import TaskAlignedAssigner, TaskAlignedTargets, assign_task_aligned
+from .yolo import SimOTATargets, TaskAlignedAssigner, TaskAlignedTargets, assign_simota, assign_task_aligned
 
 __version__ = _library.version
 
@@ -60,9 +60,11 @@ __all__ = [
     "GroundTruth",
     "Matcher",
     "Matches",
+    "SimOTATargets",
     "TaskAlignedAssigner",
     "TaskAlignedTargets",
     "YoloPredictions",
+    "assign_simota",
     "assign_task_aligned",
     "batched_nms",
     "box_area",

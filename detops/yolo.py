@@ -8,6 +8,13 @@ All functions share these rules, on every device:
 - Results are the same on every device, ties included.
 """
 
+from .simota import SimOTATargets, assign_simota
 from .task_aligned import TaskAlignedAssigner, TaskAlignedTargets, assign_task_aligned
 
-__all__ = ["TaskAlignedAssigner", "TaskAlignedTargets", "assign_task_aligned"]
+__all__ = [
+    "SimOTATargets",
+    "TaskAlignedAssigner",
+    "TaskAlignedTargets",
+    "assign_simota",
+    "assign_task_aligned",
+]

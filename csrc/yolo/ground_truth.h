@@ -37,6 +37,16 @@ inline void check_ground_truth(const char* op, const Tensor& gt_boxes, const Ten
   check_row_count(op, "gt_boxes", images * gts);
 }
 
+// A floating tensor of these sizes, which `reference` gives.
+inline void check_prediction(const char* op, const char* argument, const Tensor& tensor,
+                             std::initializer_list<int64_t> sizes, const char* reference, const Tensor& of_reference) {
+  std::string rule;
+  for (int64_t size : sizes) rule += (rule.empty() ? "[" : ", ") + std::to_string(size);
+  check_shape(op, argument, tensor, rule + "] as of " + reference, sizes);
+  check_floating(op, argument, tensor);
+  check_same_device(op, argument, tensor, reference, of_reference);
+}
+
 // A contiguous tensor of this dtype.
 inline Tensor as_dense(const Tensor& tensor, ScalarType dtype) {
   return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));

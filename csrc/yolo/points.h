@@ -11,22 +11,22 @@ namespace DETOPS_NAMESPACE {
 
 constexpr int kPointBlock = 32;
 
-// Inside means nearer than this to no side, as in Ultralytics' assigner.
-constexpr double kInsideMargin = 1e-9;
-
-// NaN is inside of nothing, and nothing is inside of NaN.
+// Inside means further than `margin` from all sides. NaN is inside of nothing, and nothing is inside of NaN.
 template <class T>
-DETOPS_HD bool is_inside(const Box<T>& box, T x, T y) {
-  const T margin = T(kInsideMargin);
+DETOPS_HD bool is_inside(const Box<T>& box, T x, T y, T margin) {
   return (x - box.x1 > margin) & (y - box.y1 > margin) & (box.x2 - x > margin) & (box.y2 - y > margin);
 }
 
 // False if no point within the bounds can be inside of the box: differences are monotonous, rounded ones too.
 template <class T>
-DETOPS_HD bool may_hold(const Box<T>& box, const Box<T>& bounds) {
-  const T margin = T(kInsideMargin);
+DETOPS_HD bool may_hold(const Box<T>& box, const Box<T>& bounds, T margin) {
   return (bounds.x2 - box.x1 > margin) & (bounds.y2 - box.y1 > margin) & (box.x2 - bounds.x1 > margin) &
          (box.y2 - bounds.y1 > margin);
+}
+
+template <class T>
+DETOPS_HD Box<T> square_around(T x, T y, T radius) {
+  return {x - radius, y - radius, x + radius, y + radius};
 }
 
 // Bounds that hold nothing, to start from.

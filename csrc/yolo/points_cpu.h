@@ -18,14 +18,15 @@ struct PointColumns {
 // Writes the points inside of the box to `found`, ascending, and returns how many they are. `found` has room for one
 // more than there are points.
 template <class T>
-DETOPS_CLONES int64_t find_inside(const PointColumns<T>& points, const Box<T>& box, int32_t* found) {
+DETOPS_CLONES int64_t find_inside(const PointColumns<T>& points, const Box<T>& box, T margin, int32_t* found) {
   int64_t count = 0;
   bool hit[kPointBlock], inside[kPointBlock];
   for (int64_t first = 0; first < points.blocks; first += kPointBlock) {
     bool any = false;
     for (int i = 0; i < kPointBlock; ++i) {
       const int64_t block = first + i;
-      hit[i] = may_hold(box, Box<T>{points.left[block], points.top[block], points.right[block], points.bottom[block]});
+      hit[i] = may_hold(box, Box<T>{points.left[block], points.top[block], points.right[block], points.bottom[block]},
+                        margin);
       any |= hit[i];
     }
     if (!any) continue;
@@ -33,11 +34,43 @@ DETOPS_CLONES int64_t find_inside(const PointColumns<T>& points, const Box<T>& b
       if (!hit[i]) continue;
       const int64_t begin = (first + i) * kPointBlock;
       for (int lane = 0; lane < kPointBlock; ++lane) {
-        inside[lane] = is_inside(box, points.x[begin + lane], points.y[begin + lane]);
+        inside[lane] = is_inside(box, points.x[begin + lane], points.y[begin + lane], margin);
       }
       for (int lane = 0; lane < kPointBlock; ++lane) {
         found[count] = static_cast<int32_t>(begin + lane);
         count += inside[lane];
+      }
+    }
+  }
+  return count;
+}
+
+// The same for the points whose distance from (x, y), along both axes, is less than radius times their own stride.
+// `reach` is the largest stride of each block.
+template <class T>
+DETOPS_CLONES int64_t find_near(const PointColumns<T>& points, const T* strides, const T* reach, T x, T y, T radius,
+                                int32_t* found) {
+  int64_t count = 0;
+  bool hit[kPointBlock], near[kPointBlock];
+  for (int64_t first = 0; first < points.blocks; first += kPointBlock) {
+    bool any = false;
+    for (int i = 0; i < kPointBlock; ++i) {
+      const int64_t block = first + i;
+      hit[i] = may_hold(square_around(x, y, radius * reach[block]),
+                        Box<T>{points.left[block], points.top[block], points.right[block], points.bottom[block]}, T(0));
+      any |= hit[i];
+    }
+    if (!any) continue;
+    for (int i = 0; i < kPointBlock; ++i) {
+      if (!hit[i]) continue;
+      const int64_t begin = (first + i) * kPointBlock;
+      for (int lane = 0; lane < kPointBlock; ++lane) {
+        near[lane] = is_inside(square_around(x, y, radius * strides[begin + lane]), points.x[begin + lane],
+                               points.y[begin + lane], T(0));
+      }
+      for (int lane = 0; lane < kPointBlock; ++lane) {
+        found[count] = static_cast<int32_t>(begin + lane);
+        count += near[lane];
       }
     }
   }

@@ -51,24 +51,17 @@ class PointQueue {
   int begin_, count_, lane_;
 };
 
-// Calls use(point or -1), by whole warps, for all points inside of the box; ascending in each warp. The blocks of
-// points are dealt out to the `warps` warps of the block.
-template <int warps, class T, class Use>
-__device__ void search_points(const T* points, int64_t count, const Box<T>* bounds, const Box<T>& box,
-                              PointQueue& queue, const Use& use) {
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const auto blocks = static_cast<int>(ceil_div<int64_t>(count, kPointBlock));
+// Calls use(block), by whole warps, for all blocks of points for which may_hold(block) is true, ascending. The blocks
+// are dealt out to the warps: this one is number `warp` of `warps`.
+template <class MayHold, class Use>
+__device__ void search_blocks(int64_t points, int warp, int warps, const MayHold& may_hold, const Use& use) {
+  const int lane = threadIdx.x % kWarpSize;
+  const auto blocks = static_cast<int>(ceil_div<int64_t>(points, kPointBlock));
   for (int first = 0; first < blocks; first += warps * kWarpSize) {
     const int block = first + lane * warps + warp;
-    unsigned hits = __ballot_sync(kFullWarp, block < blocks && may_hold(box, bounds[block]));
-    for (; hits != 0; hits &= hits - 1) {
-      const int hit = __ffs(static_cast<int>(hits)) - 1;
-      const int point = (first + hit * warps + warp) * kPointBlock + lane;
-      queue.push(point, point < count && is_inside(box, points[2 * int64_t(point)], points[2 * int64_t(point) + 1]));
-      if (queue.count() >= kWarpSize) use(queue.pop());
-    }
+    unsigned hits = __ballot_sync(kFullWarp, block < blocks && may_hold(block));
+    for (; hits != 0; hits &= hits - 1) use(first + (__ffs(static_cast<int>(hits)) - 1) * warps + warp);
   }
-  if (queue.count() > 0) use(queue.pop());
 }
 
 }  // namespace DETOPS_NAMESPACE

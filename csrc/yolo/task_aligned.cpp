@@ -2,16 +2,15 @@
 #include "yolo/task_aligned.h"
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "yolo/points_cpu.h"
+#include "yolo/targets_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
 constexpr int kLanes = 16;  // pairs that are looked at together
-constexpr int32_t kNobody = -1, kContested = -2;
 
 template <class T>
 DETOPS_CLONES void fill_angles(const T* boxes, int64_t begin, int64_t end, T* angles) {
@@ -53,33 +52,6 @@ DETOPS_CLONES void raise_lanes(const Power& power, T* values) {
   }
 }
 
-// The best of all anchors offered, sorted. They come in ascending order, so that equals keep it.
-template <class T>
-class TopList {
- public:
-  explicit TopList(int64_t capacity) : entries_(capacity), count_(0) {}
-
-  void clear() { count_ = 0; }
-  int64_t count() const { return count_; }
-  const RankedAnchor<T>& operator[](int64_t i) const { return entries_[i]; }
-
-  void offer(const RankedAnchor<T>& item) {
-    const auto capacity = static_cast<int64_t>(entries_.size());
-    int64_t place = count_;
-    if (count_ == capacity) {
-      if (!(item.metric > entries_[--place].metric)) return;
-    } else {
-      ++count_;
-    }
-    for (; place > 0 && item.metric > entries_[place - 1].metric; --place) entries_[place] = entries_[place - 1];
-    entries_[place] = item;
-  }
-
- private:
-  std::vector<RankedAnchor<T>> entries_;
-  int64_t count_;
-};
-
 // The gts of one image, coordinate by coordinate; rows that take no part hold nothing.
 template <class T>
 struct GtColumns {
@@ -109,7 +81,7 @@ DETOPS_CLONES int32_t best_gt(const T* columns, int64_t padded, T x, T y, const 
     bool any = false;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = first + lane;
-      inside[lane] = is_inside(Box<T>{at(0, row), at(1, row), at(2, row), at(3, row)}, x, y);
+      inside[lane] = is_inside(Box<T>{at(0, row), at(1, row), at(2, row), at(3, row)}, x, y, T(kCandidateMargin));
       any |= inside[lane];
     }
     if (!any) continue;
@@ -132,13 +104,6 @@ template <class T>
 struct Positive {
   int32_t gt, anchor;
   T metric, overlap;
-};
-
-// What the passes hand on: for each anchor its gt or kNobody, and its target score.
-template <class T>
-struct Assignment {
-  std::unique_ptr<int32_t[]> owner;
-  std::unique_ptr<T[]> score;
 };
 
 template <bool complete, class S, class T>
@@ -194,7 +159,7 @@ class TaskAlignedCpu {
     const IouBox<T> gt = gt_box(row);
     const T* const boxes = view_.boxes + 4 * image * view_.anchors;
     const T* const angles = complete ? view_.angles + image * view_.anchors : nullptr;
-    const int64_t count = find_inside(index_.columns(), where, found);
+    const int64_t count = find_inside(index_.columns(), where, T(kCandidateMargin), found);
     for (int64_t i = count; i < ceil_div<int64_t>(count, kLanes) * kLanes; ++i) found[i] = found[count - 1];
     best.clear();
     T overlaps[kLanes], metrics[kLanes];
@@ -228,7 +193,7 @@ class TaskAlignedCpu {
         continue;
       }
       --places;
-      if (is_inside(where, view_.points[2 * anchor], view_.points[2 * anchor + 1])) {
+      if (is_inside(where, view_.points[2 * anchor], view_.points[2 * anchor + 1], T(kCandidateMargin))) {
         claims[filled++] = static_cast<int32_t>(anchor);
       }
     }
@@ -330,40 +295,9 @@ class TaskAlignedCpu {
   std::unique_ptr<int32_t[]> claims_;
 };
 
-template <class S, class T>
-void write_outputs(const Assignment<T>& assignment, const TaskAlignedView<T>& view, const Tensor& gt_boxes,
-                   bool dense_scores, const TaskAlignedOutputs& out) {
-  const int64_t anchors = view.anchors, classes = view.gts.classes;
-  const auto box_bytes = static_cast<int64_t>(4 * gt_boxes.element_size());
-  const auto* const gt_data = static_cast<const char*>(gt_boxes.const_data_ptr());
-  auto* const boxes = static_cast<char*>(out.boxes.mutable_data_ptr());
-  auto* const foreground = static_cast<bool*>(out.foreground.mutable_data_ptr());
-  int64_t* const labels = out.labels.mutable_data_ptr<int64_t>();
-  int64_t* const indices = out.gt_indices.mutable_data_ptr<int64_t>();
-  S* const scores = out.scores.mutable_data_ptr<S>();
-  const int64_t width = dense_scores ? classes : 1;
-  parallel_ranges(view.images * anchors, 512, [&](int64_t begin, int64_t end) {
-    std::memset(static_cast<void*>(scores + begin * width), 0, (end - begin) * width * sizeof(S));
-    for (int64_t i = begin; i < end; ++i) {
-      const int32_t gt = assignment.owner[i];
-      foreground[i] = gt >= 0;
-      indices[i] = gt;
-      if (gt < 0) {
-        labels[i] = -1;
-        std::memset(boxes + i * box_bytes, 0, box_bytes);
-      } else {
-        const int64_t row = i / anchors * view.gts.count + gt;
-        labels[i] = view.gts.labels[row];
-        std::memcpy(boxes + i * box_bytes, gt_data + row * box_bytes, box_bytes);
-        scores[i * width + (dense_scores ? labels[i] : 0)] = static_cast<S>(assignment.score[i]);
-      }
-    }
-  });
-}
-
 template <class T>
 void assign_task_aligned_cpu(const TaskAlignedInputs& inputs, const TaskAlignedOptions& options,
-                             const TaskAlignedOutputs& out) {
+                             const TargetTensors& out) {
   TaskAlignedView<T> view = inputs.view<T>(nullptr);
   check_labels("assign_task_aligned", view.gts, view.images);
   std::unique_ptr<T[]> angles;
@@ -377,7 +311,7 @@ void assign_task_aligned_cpu(const TaskAlignedInputs& inputs, const TaskAlignedO
     using S = typename decltype(tag)::type;
     const auto assignment = options.complete ? TaskAlignedCpu<true, S, T>(view, options).assign()
                                              : TaskAlignedCpu<false, S, T>(view, options).assign();
-    write_outputs<S>(assignment, view, inputs.gt_boxes_out, options.dense_scores, out);
+    write_targets<S>(assignment, view.gts, view.anchors, inputs.gt_boxes_out, out);
   });
 }
 
@@ -386,18 +320,9 @@ TaskAlignedInputs checked_inputs(const char* op, const Tensor& pred_scores, cons
                                  const Tensor& gt_valid) {
   check_shape(op, "pred_scores", pred_scores, "[B, A, C]", {-1, -1, -1});
   const int64_t images = pred_scores.size(0), anchors = pred_scores.size(1);
-  const auto sizes = [](std::initializer_list<int64_t> shape) {
-    std::string text;
-    for (int64_t size : shape) text += (text.empty() ? "[" : ", ") + std::to_string(size);
-    return text + "] as of pred_scores";
-  };
-  check_shape(op, "pred_boxes", pred_boxes, sizes({images, anchors, 4}), {images, anchors, 4});
-  check_shape(op, "anchor_points", anchor_points, sizes({anchors, 2}), {anchors, 2});
   check_floating(op, "pred_scores", pred_scores);
-  check_floating(op, "pred_boxes", pred_boxes);
-  check_floating(op, "anchor_points", anchor_points);
-  check_same_device(op, "pred_boxes", pred_boxes, "pred_scores", pred_scores);
-  check_same_device(op, "anchor_points", anchor_points, "pred_scores", pred_scores);
+  check_prediction(op, "pred_boxes", pred_boxes, {images, anchors, 4}, "pred_scores", pred_scores);
+  check_prediction(op, "anchor_points", anchor_points, {anchors, 2}, "pred_scores", pred_scores);
   check_ground_truth(op, gt_boxes, gt_labels, gt_valid, "pred_scores", pred_scores);
   check_row_count(op, "pred_boxes", images * anchors);
   const ScalarType dtype = compute_dtype({&pred_scores, &pred_boxes, &anchor_points, &gt_boxes});
@@ -417,18 +342,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_task_aligned(
   const char* const op = "assign_task_aligned";
   const TaskAlignedInputs inputs =
       checked_inputs(op, pred_scores, pred_boxes, anchor_points, gt_labels, gt_boxes, gt_valid);
-  const TaskAlignedOptions options{topk, min_of(topk, topk2), Power(alpha), Power(beta), complete, min_size,
-                                   eps,  dense_scores};
-  const int64_t images = pred_scores.size(0), anchors = pred_scores.size(1), classes = pred_scores.size(2);
-  const auto make = [&](std::vector<int64_t> sizes, ScalarType dtype) {
-    return allocate(op, sizes, dtype, pred_scores);
-  };
-  const TaskAlignedOutputs out{
-      make({images, anchors}, ScalarType::Long), make({images, anchors, 4}, gt_boxes.scalar_type()),
-      make(dense_scores ? std::vector<int64_t>{images, anchors, classes} : std::vector<int64_t>{images, anchors},
-           pred_scores.scalar_type()),
-      make({images, anchors}, ScalarType::Bool), make({images, anchors}, ScalarType::Long)};
-  if (images * anchors > 0) {
+  const TaskAlignedOptions options{topk, min_of(topk, topk2), Power(alpha), Power(beta), complete, min_size, eps};
+  const TargetTensors out = allocate_targets(op, pred_scores, gt_boxes, dense_scores);
+  if (out.labels.numel() > 0) {
     if (on_gpu(op, pred_scores)) {
       DETOPS_GPU_ONLY(assign_task_aligned_cuda(inputs, options, out));
     } else if (inputs.dtype() == ScalarType::Double) {
@@ -437,7 +353,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_task_aligned(
       assign_task_aligned_cpu<float>(inputs, options, out);
     }
   }
-  return {out.labels, out.boxes, out.scores, out.foreground, out.gt_indices};
+  return out.tuple();
 }
 
 }  // namespace

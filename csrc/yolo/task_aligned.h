@@ -22,6 +22,7 @@
 #include "iou/iou.h"
 #include "yolo/ground_truth.h"
 #include "yolo/points.h"
+#include "yolo/targets.h"
 
 namespace DETOPS_NAMESPACE {
 
@@ -60,7 +61,6 @@ struct TaskAlignedOptions {
   Power alpha, beta;
   bool complete;  // complete IoU, or plain
   double min_size, eps;
-  bool dense_scores;
 };
 
 // Of step 2, in the type T.
@@ -92,24 +92,15 @@ DETOPS_HD void enlarge(T& low, T& high, T min_size) {
   high = centre + min_size / 2;
 }
 
+// Candidates are further than this from all sides, as in Ultralytics' assigner.
+constexpr double kCandidateMargin = 1e-9;
+
 // Where the points of a gt's candidates lie.
 template <class T>
 DETOPS_HD Box<T> candidate_region(Box<T> box, T min_size) {
   enlarge(box.x1, box.x2, min_size);
   enlarge(box.y1, box.y2, min_size);
   return box;
-}
-
-// An anchor and its metric for some gt.
-template <class T>
-struct RankedAnchor {
-  T metric;
-  int32_t anchor;
-};
-
-template <class T>
-DETOPS_HD bool ranks_before(const RankedAnchor<T>& a, const RankedAnchor<T>& b) {
-  return a.metric > b.metric || (a.metric == b.metric && a.anchor < b.anchor);
 }
 
 // The target score of step 6.
@@ -134,10 +125,6 @@ struct TaskAlignedView {
     const int64_t offset = image * score_image + anchor * score_anchor + label * score_class;
     return static_cast<T>(static_cast<const S*>(scores)[offset]);
   }
-};
-
-struct TaskAlignedOutputs {
-  Tensor labels, boxes, scores, foreground, gt_indices;
 };
 
 // The inputs after checks: dense but for the scores.
@@ -166,6 +153,6 @@ struct TaskAlignedInputs {
 
 // The launches. Arguments were checked; outputs are allocated and not empty.
 void assign_task_aligned_cuda(const TaskAlignedInputs& inputs, const TaskAlignedOptions& options,
-                              const TaskAlignedOutputs& out);
+                              const TargetTensors& out);
 
 }  // namespace DETOPS_NAMESPACE

@@ -10,6 +10,7 @@
 //   5. write     the outputs
 #include "common/launch_cuda.cuh"
 #include "yolo/points_cuda.cuh"
+#include "yolo/targets_cuda.cuh"
 #include "yolo/task_aligned.h"
 
 namespace DETOPS_NAMESPACE {
@@ -17,11 +18,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kClaimWarps = 4;
-constexpr int kTile = 64;          // gts, or anchors, that a block looks at together
-constexpr int kWriteAnchors = 64;  // that a block writes
-
-// What the passes hand on. An anchor's owner is 0 for nobody, gt + 1, or kContested.
-constexpr unsigned kContested = ~0u;
+constexpr int kTile = 64;  // gts, or anchors, that a block looks at together
 
 // The bits of a number that is not negative: they rank as the numbers do, so that an integer atomic finds the largest.
 template <class T>
@@ -54,41 +51,6 @@ __global__ void task_aligned_prepare_kernel(const T* boxes, int64_t count, T* an
   store_bounds(points, anchors, i, bounds);
 }
 
-// The best anchors of a warp, one in each of its first `places` lanes, sorted.
-template <class T>
-class WarpTopList {
- public:
-  __device__ explicit WarpTopList(int places)
-      : own_{T(0), INT32_MAX}, worst_(own_), places_(places), lane_(threadIdx.x % kWarpSize) {}
-
-  __device__ const RankedAnchor<T>& own() const { return own_; }
-
-  // With the same item in all lanes.
-  __device__ void insert(const RankedAnchor<T>& item) {
-    const int place = __popc(__ballot_sync(kFullWarp, lane_ < places_ && ranks_before(own_, item)));
-    const RankedAnchor<T> moved{__shfl_up_sync(kFullWarp, own_.metric, 1), __shfl_up_sync(kFullWarp, own_.anchor, 1)};
-    if (lane_ == place) own_ = item;
-    if (lane_ > place) own_ = moved;
-    worst_ = {__shfl_sync(kFullWarp, own_.metric, places_ - 1), __shfl_sync(kFullWarp, own_.anchor, places_ - 1)};
-  }
-
-  // With an item in each lane, of metric 0 where there is none.
-  __device__ void offer(const RankedAnchor<T>& item) {
-    unsigned better = __ballot_sync(kFullWarp, ranks_before(item, worst_));
-    while (better != 0) {
-      const int source = __ffs(static_cast<int>(better)) - 1;
-      const RankedAnchor<T> best{__shfl_sync(kFullWarp, item.metric, source),
-                                 __shfl_sync(kFullWarp, item.anchor, source)};
-      if (ranks_before(best, worst_)) insert(best);
-      better &= better - 1;
-    }
-  }
-
- private:
-  RankedAnchor<T> own_, worst_;
-  int places_, lane_;
-};
-
 template <bool complete, class S, class T>
 __device__ T metric_and_overlap(const TaskAlignedView<T>& view, const TaskAlignedOptions& options, int64_t image,
                                 int64_t anchor, const IouBox<T>& gt, int64_t label, T& overlap) {
@@ -101,10 +63,6 @@ template <bool complete, class T>
 __device__ IouBox<T> gt_box(const TaskAlignedView<T>& view, int64_t row) {
   constexpr IouKind kind = complete ? IouKind::kComplete : IouKind::kIou;
   return iou_box<kind>(load_box<T>(view.gts.boxes + 4 * row));
-}
-
-__device__ inline void claim(unsigned* owner, unsigned gt) {
-  if (atomicCAS(owner, 0u, gt + 1) != 0) atomicExch(owner, kContested);
 }
 
 // One block per gt.
@@ -121,29 +79,40 @@ __global__ void task_aligned_claim_kernel(TaskAlignedView<T> view, TaskAlignedOp
   const int64_t label = view.gts.labels[row];
   const IouBox<T> gt = gt_box<complete>(view, row);
   const Box<T> region = candidate_region(gt.box, static_cast<T>(options.min_size));
+  const T margin = T(kCandidateMargin);
   unsigned* const owner = work.owner + image * view.anchors;
 
+  const RankedAnchor<T> nothing{T(0), INT32_MAX};
   RankedAnchor<T> last{std::numeric_limits<T>::infinity(), -1};  // the last one found; nothing ranks before this
   for (int64_t found = 0; found < options.topk; found += kWarpSize) {
     const auto places = static_cast<int>(min_of<int64_t>(kWarpSize, options.topk - found));
-    WarpTopList<T> best(places);
+    WarpTopList<T> best(places, nothing);
     PointQueue queue(queues + warp * PointQueue::kSize);
-    search_points<kClaimWarps>(view.points, view.anchors, work.bounds, region, queue, [&](int anchor) {
-      RankedAnchor<T> item{T(0), INT32_MAX};
+    const auto look = [&](int anchor) {
+      RankedAnchor<T> item = nothing;
       if (anchor >= 0) {
         T overlap;
         item = {metric_and_overlap<complete, S>(view, options, image, anchor, gt, label, overlap), anchor};
-        if (!ranks_before(last, item)) item = {T(0), INT32_MAX};
+        if (!ranks_before(last, item)) item = nothing;
       }
       best.offer(item);
-    });
+    };
+    search_blocks(
+        view.anchors, warp, kClaimWarps, [&](int block) { return may_hold(region, work.bounds[block], margin); },
+        [&](int block) {
+          const int64_t anchor = int64_t(block) * kPointBlock + lane;
+          queue.push(static_cast<int>(anchor), anchor < view.anchors && is_inside(region, view.points[2 * anchor],
+                                                                                  view.points[2 * anchor + 1], margin));
+          if (queue.count() >= kWarpSize) look(queue.pop());
+        });
+    if (queue.count() > 0) look(queue.pop());
     metrics[threadIdx.x] = best.own().metric;
     anchors[threadIdx.x] = best.own().anchor;
     __syncthreads();
     if (warp == 0) {
       for (int other = 1; other < kClaimWarps; ++other) {
         const int place = other * kWarpSize + lane;
-        best.offer(lane < places ? RankedAnchor<T>{metrics[place], anchors[place]} : RankedAnchor<T>{T(0), INT32_MAX});
+        best.offer(lane < places ? RankedAnchor<T>{metrics[place], anchors[place]} : nothing);
       }
       const bool positive = lane < places && best.own().metric > T(0);
       if (positive) claim(owner + best.own().anchor, number);
@@ -155,7 +124,7 @@ __global__ void task_aligned_claim_kernel(TaskAlignedView<T> view, TaskAlignedOp
           const int64_t anchor = first + lane;
           bool candidate = false, zero = false;
           if (anchor < view.anchors) {
-            candidate = is_inside(region, view.points[2 * anchor], view.points[2 * anchor + 1]);
+            candidate = is_inside(region, view.points[2 * anchor], view.points[2 * anchor + 1], margin);
             T overlap;
             zero = !candidate ||
                    !(metric_and_overlap<complete, S>(view, options, image, anchor, gt, label, overlap) > T(0));
@@ -219,7 +188,7 @@ __global__ void task_aligned_resolve_kernel(TaskAlignedView<T> view, TaskAligned
       }
       __syncthreads();
       for (int j = 0; contested && j < count; ++j) {
-        if (!is_inside(regions[j], x, y)) continue;
+        if (!is_inside(regions[j], x, y, T(kCandidateMargin))) continue;
         const T overlap = overlap_of<complete>(gts[j], predicted);
         if (gt >= 0 && !(overlap > best_overlap)) continue;
         gt = first + j;
@@ -274,90 +243,19 @@ __global__ void task_aligned_limit_kernel(TaskAlignedView<T> view, TaskAlignedOp
              overlap_of<complete>(gt_box<complete>(view, row), predicted_box<complete>(view.boxes, view.angles, i)));
 }
 
-// Copies a box as it is, or writes zeros where `from` is -1.
-template <class Element>
-__device__ void copy_elements(const void* source, int64_t from, void* target, int64_t to) {
-  for (int k = 0; k < 4; ++k) {
-    static_cast<Element*>(target)[4 * to + k] =
-        from >= 0 ? static_cast<const Element*>(source)[4 * from + k] : Element(0);
-  }
-}
-__device__ inline void copy_box(const void* source, int64_t from, int element_bytes, void* target, int64_t to) {
-  switch (element_bytes) {
-    case 2: copy_elements<uint16_t>(source, from, target, to); break;
-    case 4: copy_elements<uint32_t>(source, from, target, to); break;
-    default: copy_elements<uint64_t>(source, from, target, to); break;
-  }
-}
+template <class T>
+struct TaskAlignedScore {
+  const T* metric;
+  const Bits<T>*best_metric, *best_overlap;
+  T eps;
 
-template <class S>
-struct alignas(16) ScorePack {
-  static constexpr int kSize = 16 / sizeof(S);
-  S values[kSize];
+  __device__ T operator()(int64_t i, int64_t row) const {
+    return target_score(metric[i], bit_cast<T>(best_overlap[row]), bit_cast<T>(best_metric[row]), eps);
+  }
 };
-
-struct OutputPointers {
-  int64_t* labels;
-  void* boxes;
-  void* scores;
-  bool* foreground;
-  int64_t* gt_indices;
-};
-
-// One block for kWriteAnchors anchors.
-template <class S, class T>
-__global__ void task_aligned_write_kernel(TaskAlignedView<T> view, TaskAlignedOptions options, Workspace<T> work,
-                                          const void* gt_boxes, int element_bytes, bool packed, OutputPointers out) {
-  DETOPS_SHARED(T, values, kWriteAnchors);
-  DETOPS_SHARED(int64_t, labels, kWriteAnchors);
-  const int64_t first = int64_t(blockIdx.x) * kWriteAnchors;
-  const auto count = static_cast<int>(min_of<int64_t>(kWriteAnchors, view.images * view.anchors - first));
-  S* const scores = static_cast<S*>(out.scores);
-  if (threadIdx.x < count) {
-    const int64_t i = first + threadIdx.x;
-    const unsigned owner = work.kept_owner[i];
-    const int64_t gt = int64_t(owner) - 1;
-    const int64_t row = i / view.anchors * view.gts.count + gt;
-    T value = T(0);
-    int64_t label = -1;
-    if (owner != 0) {
-      label = view.gts.labels[row];
-      value = target_score(work.metric[i], bit_cast<T>(work.best_overlap[row]), bit_cast<T>(work.best_metric[row]),
-                           static_cast<T>(options.eps));
-    }
-    out.labels[i] = label;
-    out.foreground[i] = owner != 0;
-    out.gt_indices[i] = gt;
-    copy_box(gt_boxes, owner != 0 ? row : -1, element_bytes, out.boxes, i);
-    if (!options.dense_scores) scores[i] = static_cast<S>(value);
-    values[threadIdx.x] = value;
-    labels[threadIdx.x] = label;
-  }
-  if (!options.dense_scores) return;
-  __syncthreads();
-  const auto classes = static_cast<int>(view.gts.classes);
-  if (packed) {
-    constexpr int kSize = ScorePack<S>::kSize;
-    const int packs = classes / kSize;
-    auto* const target = reinterpret_cast<ScorePack<S>*>(scores + first * classes);
-    for (int p = threadIdx.x; p < count * packs; p += kThreads) {
-      const int anchor = p / packs;
-      const auto place = static_cast<int>(labels[anchor]) - p % packs * kSize;
-      ScorePack<S> pack;
-#pragma unroll
-      for (int k = 0; k < kSize; ++k) pack.values[k] = static_cast<S>(k == place ? values[anchor] : T(0));
-      target[p] = pack;
-    }
-  } else {
-    for (int p = threadIdx.x; p < count * classes; p += kThreads) {
-      const int anchor = p / classes;
-      scores[first * classes + p] = static_cast<S>(labels[anchor] == p % classes ? values[anchor] : T(0));
-    }
-  }
-}
 
 template <bool complete, class S, class T>
-void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked, const TaskAlignedOutputs& out) {
+void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked, const TargetTensors& out) {
   const char* const op = "assign_task_aligned";
   const CudaScope scope(inputs.scores);
   const cudaStream_t stream = scope.stream();
@@ -405,20 +303,14 @@ void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked
   } else if (limited) {
     work.kept_owner = work.owner;
   }
-  const bool packed = inputs.scores.size(2) % ScorePack<S>::kSize == 0 &&
-                      reinterpret_cast<uintptr_t>(out.scores.const_data_ptr()) % sizeof(ScorePack<S>) == 0;
-  const OutputPointers pointers{out.labels.mutable_data_ptr<int64_t>(), out.boxes.mutable_data_ptr(),
-                                out.scores.mutable_data_ptr(), static_cast<bool*>(out.foreground.mutable_data_ptr()),
-                                out.gt_indices.mutable_data_ptr<int64_t>()};
-  DETOPS_LAUNCH((task_aligned_write_kernel<S, T>), blocks_for(all_anchors, kWriteAnchors), kThreads, 0, stream, view,
-                options, work, inputs.gt_boxes_out.const_data_ptr(),
-                static_cast<int>(inputs.gt_boxes_out.element_size()), packed, pointers);
+  const TaskAlignedScore<T> score{work.metric, work.best_metric, work.best_overlap, static_cast<T>(options.eps)};
+  launch_write_targets<S>(work.kept_owner, view.gts, score, inputs.gt_boxes_out, out, stream);
 }
 
 }  // namespace
 
 void assign_task_aligned_cuda(const TaskAlignedInputs& inputs, const TaskAlignedOptions& options,
-                              const TaskAlignedOutputs& out) {
+                              const TargetTensors& out) {
   dispatch_floating(inputs.scores.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     const auto launch = [&](auto type_tag) {
