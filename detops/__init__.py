@@ -50,6 +50,7 @@ from .losses import (
 )
 from .matching import Matcher, Matches, Samples, assign_atss, match_max_iou, match_ssd, sample_matches
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
+from .yolo import SimOTATargets, TaskAlignedAssigner, TaskAlignedTargets, assign_simota, assign_task_aligned
 
 __version__ = _library.version
 
@@ -60,8 +61,13 @@ __all__ = [
     "Matcher",
     "Matches",
     "Samples",
+    "SimOTATargets",
+    "TaskAlignedAssigner",
+    "TaskAlignedTargets",
     "YoloPredictions",
     "assign_atss",
+    "assign_simota",
+    "assign_task_aligned",
     "batched_nms",
     "box_area",
     "box_convert",

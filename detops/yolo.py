@@ -1,0 +1,20 @@
+"""YOLO target assignment: from padded ground truth to the targets of every anchor, for a batch at once.
+
+All functions share these rules, on every device:
+
+- Ground truth is padded: `gt_boxes [B, M, 4]` xyxy, `gt_labels [B, M]` int64, `gt_valid [B, M]` bool, as
+  `pad_ground_truth` makes it. Rows that are not valid never influence a result.
+- No [B, gt, anchor] tensor is made; on a GPU nothing waits for the host.
+- Results are the same on every device, ties included.
+"""
+
+from .simota import SimOTATargets, assign_simota
+from .task_aligned import TaskAlignedAssigner, TaskAlignedTargets, assign_task_aligned
+
+__all__ = [
+    "SimOTATargets",
+    "TaskAlignedAssigner",
+    "TaskAlignedTargets",
+    "assign_simota",
+    "assign_task_aligned",
+]
