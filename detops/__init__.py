@@ -8,6 +8,16 @@ its main function share a name, as `nms`, the name in this package is the functi
 """
 
 from . import _library  # first: it loads the compiled library or says why it cannot
+from .anchors import (
+    AnchorGenerator,
+    DefaultBoxGenerator,
+    KMeansAnchors,
+    PointAnchors,
+    grid_anchors,
+    kmeans_anchors,
+    point_anchors,
+    yolo_anchors,
+)
 from .boxes import (
     GroundTruth,
     box_area,
@@ -55,11 +65,15 @@ from .yolo import SimOTATargets, TaskAlignedAssigner, TaskAlignedTargets, assign
 __version__ = _library.version
 
 __all__ = [
+    "AnchorGenerator",
     "BoxCoder",
+    "DefaultBoxGenerator",
     "Detections",
     "GroundTruth",
+    "KMeansAnchors",
     "Matcher",
     "Matches",
+    "PointAnchors",
     "Samples",
     "SimOTATargets",
     "TaskAlignedAssigner",
@@ -89,6 +103,8 @@ __all__ = [
     "encode_ltrb",
     "generalized_box_iou",
     "generalized_box_iou_loss",
+    "grid_anchors",
+    "kmeans_anchors",
     "linear_sum_assignment",
     "masks_to_boxes",
     "match_detr",
@@ -99,10 +115,12 @@ __all__ = [
     "nms",
     "nms_rotated",
     "pad_ground_truth",
+    "point_anchors",
     "quality_focal_loss",
     "remove_small_boxes",
     "sample_matches",
     "sigmoid_focal_loss",
     "siou_loss",
     "varifocal_loss",
+    "yolo_anchors",
 ]

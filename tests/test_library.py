@@ -166,6 +166,7 @@ def test_use_namespace_switches_and_restores():
 
 # Ops without a function of their name: one that they serve. So does a gradient, `<op>_backward`.
 SERVES = {
+    "assign_sizes": "kmeans_anchors",
     "rotated_box_iou": "box_iou",
     "focal_loss": "sigmoid_focal_loss",
     "iou_loss": "generalized_box_iou_loss",

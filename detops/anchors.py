@@ -1,0 +1,557 @@
+"""Anchors: boxes on grids, points on grids, published sets, and k-means on the shapes of boxes.
+
+What lies on a grid is computed once for each shape, dtype and device, and then taken from a cache: generators return
+the same tensors again and again. Copy what you mean to change. (A tensor that was changed in place is noticed, and is
+made anew for the next caller.)
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import _library
+from ._library import register_fake
+
+# Numbers of the metrics, as csrc/anchors/anchors.h counts them.
+_METRICS = {"iou": 0, "euclidean": 1}
+_RATIO = 2
+
+_V3 = (((10, 13), (16, 30), (33, 23)), ((30, 61), (62, 45), (59, 119)), ((116, 90), (156, 198), (373, 326)))
+_V4 = (((12, 16), (19, 36), (40, 28)), ((36, 75), (76, 55), (72, 146)), ((142, 110), (192, 243), (459, 401)))
+_YOLO_ANCHORS = {
+    "v2": (
+        tuple(
+            (32 * width, 32 * height)
+            for width, height in (
+                *((0.57273, 0.677385), (1.87446, 2.06253), (3.33843, 5.47434), (7.88282, 3.52778)),
+                (9.77052, 9.16828),
+            )
+        ),
+    ),
+    "v3": _V3,
+    "v3-tiny": (((10, 14), (23, 27), (37, 58)), ((81, 82), (135, 169), (344, 319))),
+    "v4": _V4,
+    "v5": _V3,
+    "v7": _V4,
+}
+
+
+class _Cache:
+    """The latest results by key, each with the version of its tensors, so that one changed in place is made anew."""
+
+    def __init__(self, size: int = 32):
+        self._size = size
+        self._entries: OrderedDict = OrderedDict()
+
+    def get(self, key, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling():
+            return make()
+        entry = self._entries.pop(key, None)
+        if entry is None or any(t._version != version for t, version in zip(*entry, strict=True)):
+            with torch.inference_mode(False), torch.no_grad():
+                made = make()
+            entry = made, [t._version for t in made]
+        self._entries[key] = entry
+        while len(self._entries) > self._size:
+            self._entries.popitem(last=False)
+        return entry[0]
+
+
+_cache = _Cache()
+
+
+class AnchorGenerator(nn.Module):
+    """Anchors of several sizes and aspect ratios at every place of feature maps, with torchvision's call.
+
+    For each size s and ratio r (height / width) a box of sides s / sqrt(r) and s sqrt(r) around 0, its corners rounded
+    to integers, is moved to multiples of the stride: image size // feature map size.
+
+    Args:
+        sizes: for each feature map its sizes in pixels; a flat sequence gives one to each.
+        aspect_ratios: for each feature map its ratios; a flat sequence serves all.
+
+    Called with `(image_list, feature_maps)`: an object with `tensors` [B, ..., H, W] and `image_sizes`, and the maps
+    [B, C, h, w]. Returns a list of B anchors [A, 4] xyxy, ordered by map, row, column, ratio, size, in the dtype and on
+    the device of the maps. All images share one cached tensor.
+
+    Raises:
+        ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive.
+        RuntimeError: there are not as many feature maps as `sizes`.
+
+    Example:
+        >>> generator = AnchorGenerator(sizes=((32,), (64,)), aspect_ratios=((0.5, 1.0, 2.0),) * 2)
+        >>> generator.num_anchors_per_location()
+        [3, 3]
+
+    Source: torchvision.models.detection.anchor_utils.AnchorGenerator, with its boxes to the bit. For other strides than
+    the quotients of sizes see `grid_anchors`.
+    """
+
+    def __init__(self, sizes=((128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)) -> None:
+        super().__init__()
+        self.sizes, self.aspect_ratios = _sizes_and_ratios("AnchorGenerator", sizes, aspect_ratios)
+
+    def num_anchors_per_location(self) -> list[int]:
+        """For each feature map the number of anchors at each of its places."""
+        return [len(s) * len(r) for s, r in zip(self.sizes, self.aspect_ratios, strict=True)]
+
+    def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        height, width = image_list.tensors.shape[-2:]
+        grids = [tuple(each.shape[-2:]) for each in feature_maps]
+        strides = [(height // h, width // w) for h, w in grids]
+        first = feature_maps[0]
+        anchors = grid_anchors(grids, strides, self.sizes, self.aspect_ratios, dtype=first.dtype, device=first.device)
+        return [anchors] * len(image_list.image_sizes)
+
+
+def grid_anchors(
+    feature_sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int | tuple[int, int]],
+    sizes: Sequence,
+    aspect_ratios: Sequence = (0.5, 1.0, 2.0),
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """The anchors of `AnchorGenerator` from sizes and strides, without images and maps.
+
+    Args:
+        feature_sizes: (height, width) of each feature map.
+        strides: of each map, in pixels: a number, or (vertical, horizontal).
+        sizes: for each map its sizes in pixels; a flat sequence gives one to each.
+        aspect_ratios: for each map its ratios height / width; a flat sequence serves all.
+        dtype: of the anchors, floating.
+        device: of the anchors.
+
+    Returns:
+        [A, 4] xyxy, ordered by map, row, column, ratio, size. Cached: copy what you mean to change.
+
+    Raises:
+        ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive.
+        RuntimeError: there are not as many `feature_sizes` or `strides` as `sizes`.
+
+    Example:
+        >>> grid_anchors([(1, 2)], [16], sizes=[32], aspect_ratios=[1.0])
+        tensor([[-16., -16.,  16.,  16.],
+                [  0., -16.,  32.,  16.]])
+
+    Source: torchvision's AnchorGenerator.
+    """
+    op = "grid_anchors"
+    sizes, aspect_ratios = _sizes_and_ratios(op, sizes, aspect_ratios)
+    grids, strides = _grids_and_strides(op, feature_sizes, strides)
+    if len(grids) != len(sizes):
+        raise RuntimeError(f"{op}: feature_sizes must have one entry per sizes ({len(sizes)}), got {len(grids)}")
+    device = torch.device(device)
+
+    def make() -> tuple[Tensor, ...]:
+        levels = []
+        for (height, width), (down, right), scales, ratios in zip(grids, strides, sizes, aspect_ratios, strict=True):
+            cell = _cell_anchors(scales, ratios).to(dtype=dtype, device=device)
+            x = torch.arange(width, dtype=torch.int32, device=device) * right
+            y = torch.arange(height, dtype=torch.int32, device=device) * down
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack((x, y, x, y), dim=-1).view(-1, 1, 4)
+            levels.append((shifts + cell).view(-1, 4))
+        return (torch.cat(levels) if levels else torch.empty(0, 4, dtype=dtype, device=device),)
+
+    return _cache.get((op, grids, strides, sizes, aspect_ratios, dtype, device), make)[0]
+
+
+class DefaultBoxGenerator(nn.Module):
+    """The default boxes of SSD, with torchvision's call.
+
+    Map k of m has the scale s_k = min_ratio + (max_ratio - min_ratio) k / (m - 1) of the image, s_m = 1: at the centre
+    of every cell a square of s_k, one of sqrt(s_k s_(k+1)), and for each ratio r boxes of s_k sqrt(r), s_k / sqrt(r)
+    and the other way round.
+
+    Args:
+        aspect_ratios: for each feature map its ratios, without 1.
+        min_ratio: the scale of the first map.
+        max_ratio: the scale of the last.
+        scales: in place of these, m + 1 scales.
+        steps: pixels between the centres of each map; None for the image divided by the map.
+        clip: whether sides, as shares of the image, are clamped to [0, 1].
+
+    Called with `(image_list, feature_maps)`: an object with `tensors` [B, ..., H, W] and `image_sizes`, and the maps
+    [B, C, h, w]. Returns a list of B boxes [A, 4] xyxy in pixels, ordered by map, row, column, box; float32, float64
+    for float64 maps, on the device of the maps. All images share one cached tensor.
+
+    Raises:
+        ValueError: `steps` or `scales` do not fit `aspect_ratios`.
+        RuntimeError: there are not as many feature maps as `aspect_ratios`.
+
+    Example:
+        >>> DefaultBoxGenerator([[2], [2, 3]]).num_anchors_per_location()
+        [4, 6]
+
+    Source: Liu et al., SSD, ECCV 2016; torchvision's DefaultBoxGenerator, with its boxes to the bit in float32 (of half
+    maps it rounds the centres).
+    """
+
+    def __init__(
+        self,
+        aspect_ratios: Sequence[Sequence[float]],
+        min_ratio: float = 0.15,
+        max_ratio: float = 0.9,
+        scales: Sequence[float] | None = None,
+        steps: Sequence[float] | None = None,
+        clip: bool = True,
+    ) -> None:
+        super().__init__()
+        count = len(aspect_ratios)
+        if steps is not None and len(steps) != count:
+            raise ValueError(f"DefaultBoxGenerator: steps must have one entry per map ({count}), got {len(steps)}")
+        if scales is None:
+            scales = [min_ratio, max_ratio]
+            if count > 1:
+                span = max_ratio - min_ratio
+                scales = [*(min_ratio + span * k / (count - 1.0) for k in range(count)), 1.0]
+        if len(scales) < count + 1:
+            raise ValueError(f"DefaultBoxGenerator: scales must be {count + 1} numbers, got {len(scales)}")
+        self.aspect_ratios = tuple(tuple(float(ratio) for ratio in ratios) for ratios in aspect_ratios)
+        self.scales = tuple(float(scale) for scale in scales)
+        self.steps = None if steps is None else tuple(float(step) for step in steps)
+        self.clip = clip
+
+    def num_anchors_per_location(self) -> list[int]:
+        """For each feature map the number of boxes at each of its places."""
+        return [2 + 2 * len(ratios) for ratios in self.aspect_ratios]
+
+    def extra_repr(self) -> str:
+        return f"aspect_ratios={self.aspect_ratios}, clip={self.clip}, scales={self.scales}, steps={self.steps}"
+
+    def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        first = feature_maps[0]
+        grids = tuple(tuple(each.shape[-2:]) for each in feature_maps)
+        if len(grids) != len(self.aspect_ratios):
+            raise RuntimeError(
+                f"DefaultBoxGenerator: feature_maps must be {len(self.aspect_ratios)} maps, got {len(grids)}"
+            )
+        image = tuple(image_list.tensors.shape[-2:])
+        dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
+        key = ("default", grids, image, self.aspect_ratios, self.scales, self.steps, self.clip, dtype, first.device)
+        (boxes,) = _cache.get(key, lambda: (self._boxes(grids, image, dtype).to(first.device),))
+        return [boxes] * len(image_list.image_sizes)
+
+    def _boxes(self, grids, image, dtype: torch.dtype) -> Tensor:
+        levels = []
+        for k, (height, width) in enumerate(grids):
+            rows, columns = height, width
+            if self.steps is not None:
+                rows, columns = image[0] / self.steps[k], image[1] / self.steps[k]
+            x = ((torch.arange(width) + 0.5) / columns).to(dtype)
+            y = ((torch.arange(height) + 0.5) / rows).to(dtype)
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            sides = torch.tensor(self._sides(k), dtype=torch.float32)
+            sides = (sides.clamp(0, 1) if self.clip else sides).to(dtype)
+            centres = torch.stack((x, y), dim=-1).view(-1, 1, 2).expand(-1, len(sides), 2)
+            levels.append(torch.cat((centres, sides.expand(height * width, -1, 2)), dim=-1).view(-1, 4))
+        boxes = torch.cat(levels)
+        extent, half = torch.tensor([image[1], image[0]]), 0.5 * boxes[:, 2:]
+        return torch.cat(((boxes[:, :2] - half) * extent, (boxes[:, :2] + half) * extent), dim=1)
+
+    def _sides(self, k: int) -> list[tuple[float, float]]:
+        scale, between = self.scales[k], math.sqrt(self.scales[k] * self.scales[k + 1])
+        sides = [(scale, scale), (between, between)]
+        for ratio in self.aspect_ratios[k]:
+            width, height = scale * math.sqrt(ratio), scale / math.sqrt(ratio)
+            sides += [(width, height), (height, width)]
+        return sides
+
+
+class PointAnchors(NamedTuple):
+    """The points of all levels, one behind the other; see `point_anchors`."""
+
+    points: Tensor
+    """[A, 2] (x, y) in pixels."""
+    strides: Tensor
+    """[A] the stride of each point's level."""
+
+
+def point_anchors(
+    feature_sizes: Sequence[tuple[int, int]],
+    strides: Sequence[int | tuple[int, int]],
+    offset: float = 0.5,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> PointAnchors:
+    """The places of feature maps as points of the image: stride * (column + offset, row + offset).
+
+    Args:
+        feature_sizes: (height, width) of each feature map.
+        strides: pixels between the points of each map.
+        offset: 0.5 for the centres of cells, 0 for their corners.
+        dtype: of the results, floating.
+        device: of the results.
+
+    Returns:
+        `PointAnchors(points [A, 2], strides [A])`, ordered by map, row, column: what `encode_ltrb` and `decode_ltrb`
+        take. Cached: copy what you mean to change.
+
+    Raises:
+        ValueError: a stride is not positive.
+        RuntimeError: there are not as many strides as feature sizes.
+
+    Example:
+        >>> point_anchors([(1, 2), (1, 1)], [8, 16])
+        PointAnchors(points=tensor([[ 4.,  4.],
+                [12.,  4.],
+                [ 8.,  8.]]), strides=tensor([ 8.,  8., 16.]))
+
+    Source: Tian et al., FCOS, ICCV 2019; mmdetection's MlvlPointGenerator.
+    """
+    op = "point_anchors"
+    grids, steps = _grids_and_strides(op, feature_sizes, strides)
+    if any(down != right for down, right in steps):
+        raise ValueError(f"{op}: strides must be one number per map, got {list(strides)}")
+    offset, device = float(offset), torch.device(device)
+
+    def make() -> tuple[Tensor, ...]:
+        points, lengths = [torch.empty(0, 2, dtype=dtype, device=device)], [torch.empty(0, dtype=dtype, device=device)]
+        for (height, width), (stride, _) in zip(grids, steps, strict=True):
+            x = (torch.arange(width, dtype=dtype, device=device) + offset) * stride
+            y = (torch.arange(height, dtype=dtype, device=device) + offset) * stride
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            points.append(torch.stack((x, y), dim=-1).view(-1, 2))
+            lengths.append(torch.full((height * width,), stride, dtype=dtype, device=device))
+        return torch.cat(points), torch.cat(lengths)
+
+    return PointAnchors(*_cache.get((op, grids, steps, offset, dtype, device), make))
+
+
+def yolo_anchors(version: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Tensor:
+    """The published anchors of a YOLO, in pixels.
+
+    Args:
+        version: "v2" (COCO), "v3", "v3-tiny", "v4", "v5" (P5) or "v7" (P5).
+        dtype: of the anchors, floating.
+        device: of the anchors.
+
+    Returns:
+        [levels, K, 2] widths and heights, by ascending stride: 8, 16, 32; 16, 32 for "v3-tiny"; 32 for "v2".
+
+    Raises:
+        ValueError: `version` is none of these.
+
+    Example:
+        >>> yolo_anchors("v3")[0]
+        tensor([[10., 13.],
+                [16., 30.],
+                [33., 23.]])
+
+    Source: the configurations that their authors published. v2 gives its anchors in cells of 32 pixels.
+    """
+    if version not in _YOLO_ANCHORS:
+        raise ValueError(f"yolo_anchors: version must be one of {', '.join(_YOLO_ANCHORS)}, got {version!r}")
+    return torch.tensor(_YOLO_ANCHORS[version], dtype=dtype, device=device)
+
+
+class KMeansAnchors(NamedTuple):
+    """Anchors that fit a set of box sizes; see `kmeans_anchors`."""
+
+    anchors: Tensor
+    """[k, 2] widths and heights, by ascending area."""
+    mean_iou: float
+    """The mean over all sizes of the IoU with the best anchor, one corner in common."""
+    best_possible_recall: float
+    """The share of sizes of which some anchor differs in both sides by less than a factor of 4."""
+
+
+def kmeans_anchors(
+    sizes: Tensor, k: int, *, metric: str = "iou", seed: int = 0, max_iterations: int = 300
+) -> KMeansAnchors:
+    """Anchors for a data set: k-means on the shapes of its boxes.
+
+    The start is greedy k-means++. "euclidean" is Lloyd's algorithm on (width, height). "iou" assigns by IoU (one corner
+    in common), moves anchors to means, and then climbs: the lower bound of the mean IoU that is linear in each box's
+    intersection and union is raised side by side, whose best value is a weighted quantile of the sides.
+
+    Args:
+        sizes: [N, 2] widths and heights, positive, floating; computed in float32.
+        k: the number of anchors, from 1 to min(N, 1024).
+        metric: "iou" or "euclidean".
+        seed: of the start. Equal arguments give equal results, on every device.
+        max_iterations: of Lloyd's algorithm, and of climbing.
+
+    Returns:
+        `KMeansAnchors(anchors [k, 2] in the dtype of sizes, mean_iou, best_possible_recall)`.
+
+    Fewer than k different sizes give anchors that are equal. Synchronises with the host. No gradient.
+
+    Raises:
+        ValueError: `k`, `metric` or `max_iterations` is none of the above.
+        RuntimeError: `sizes` has a wrong shape or dtype, or one that is not positive and finite.
+
+    Example:
+        >>> sizes = torch.tensor([[10., 10.], [12., 10.], [100., 50.], [100., 54.]])
+        >>> kmeans_anchors(sizes, 2, metric="euclidean").anchors
+        tensor([[ 11.,  10.],
+                [100.,  52.]])
+
+    Source: Redmon and Farhadi, YOLO9000, CVPR 2017; Arthur and Vassilvitskii, k-means++, SODA 2007. scikit-learn's
+    KMeans moves anchors that have lost their sizes, which stay here.
+    """
+    op = "kmeans_anchors"
+    if metric not in _METRICS:
+        raise ValueError(f"{op}: metric must be 'iou' or 'euclidean', got {metric!r}")
+    if max_iterations < 0:
+        raise ValueError(f"{op}: max_iterations must be at least 0, got {max_iterations}")
+    if sizes.ndim != 2 or sizes.shape[1] != 2 or not sizes.is_floating_point():
+        raise RuntimeError(f"{op}: sizes must be floating of shape [N, 2], got {sizes.dtype} {list(sizes.shape)}")
+    if not 1 <= k <= min(len(sizes), 1024):
+        raise ValueError(f"{op}: k must be from 1 to min(N, 1024) = {min(len(sizes), 1024)}, got {k}")
+    single = sizes.detach().float()
+    least, largest = torch.stack(single.aminmax()).tolist()
+    if not 0 < least <= largest < math.inf:
+        raise RuntimeError(f"{op}: sizes must be positive and finite, got some from {least} to {largest}")
+    exponent = math.frexp(largest)[1]
+    unit = _times_power_of_two(single, -exponent)
+    start = _start(unit, k, _METRICS[metric], torch.Generator().manual_seed(seed))
+    anchors, _ = _library.ops.kmeans_anchors(unit, start, _METRICS[metric], max_iterations)
+    if metric == "iou":
+        anchors = _climb(unit, anchors, max_iterations)
+    anchors = anchors[(anchors[:, 0] * anchors[:, 1]).argsort(stable=True)]
+    _, overlaps = _library.ops.assign_sizes(unit, anchors, _METRICS["iou"])
+    _, ratios = _library.ops.assign_sizes(unit, anchors, _RATIO)
+    return KMeansAnchors(
+        _times_power_of_two(anchors, exponent).to(sizes.dtype),
+        _total(overlaps).item() / 2**30 / len(sizes),
+        (ratios > -4).sum().item() / len(sizes),
+    )
+
+
+def _times_power_of_two(values: Tensor, exponent: int) -> Tensor:
+    half = exponent // 2  # the power itself may be no float
+    return values * 2.0**half * 2.0 ** (exponent - half)
+
+
+def _total(values: Tensor) -> Tensor:
+    """The sum of values in [0, 1], as an integer of 2^-30: it depends on no order."""
+    return (values.double() * 2**30).long().sum()
+
+
+def _start(sizes: Tensor, k: int, metric: int, generator: torch.Generator) -> Tensor:
+    """Greedy k-means++: of a few sizes drawn by their distance from the anchors so far, the one that serves all best.
+
+    Distances are integers, so that sums and draws are the same on every device.
+    """
+    trials = 2 + int(math.log(k))
+
+    def distances(size: Tensor) -> Tensor:
+        _, affinities = _library.ops.assign_sizes(sizes, size[None], metric)
+        distance = 1 - affinities.double() if metric == _METRICS["iou"] else -affinities.double()
+        return (distance * 2**30).long()
+
+    draws = torch.rand(k, trials, dtype=torch.float64, generator=generator)
+    chosen = [sizes[int(draws[0, 0] * len(sizes))]]
+    nearest = distances(chosen[0])
+    for draw in draws[1:]:
+        heaps = nearest.cumsum(0)
+        places = (heaps[-1].double() * draw.to(sizes.device)).long()
+        rows = torch.searchsorted(heaps, places, right=True).clamp(max=len(sizes) - 1)
+        candidates = [torch.minimum(nearest, distances(sizes[row])) for row in rows]
+        best = torch.stack([candidate.sum() for candidate in candidates]).argmin()
+        nearest = torch.stack(candidates)[best]
+        chosen.append(sizes[rows[best]])
+    return torch.stack(chosen)
+
+
+def _climb(sizes: Tensor, anchors: Tensor, max_iterations: int) -> Tensor:
+    """Moves anchors for as long as the mean IoU grows by more than a 32768th.
+
+    With intersection I, union U and r = I / U of the present, sum I / U is raised where sum (I - r U) / U is. In one
+    side of an anchor this is concave, and linear between the sides of boxes: the best value is at a weighted quantile.
+    """
+    orders = sizes.argsort(dim=0, stable=True).unbind(1)
+    labels, overlaps = _library.ops.assign_sizes(sizes, anchors, _METRICS["iou"])
+    total = _total(overlaps)
+    for _ in range(max_iterations):
+        moved = anchors
+        for axis, order in enumerate(orders):
+            moved = _best_sides(sizes, moved, labels, axis, order)
+        labels, overlaps = _library.ops.assign_sizes(sizes, moved, _METRICS["iou"])
+        reached = _total(overlaps)
+        if reached <= total:
+            break
+        little = reached - total <= total >> 15
+        anchors, total = moved, reached
+        if little:
+            break
+    return anchors
+
+
+def _best_sides(sizes: Tensor, anchors: Tensor, labels: Tensor, axis: int, order: Tensor) -> Tensor:
+    own = anchors[labels].double()
+    boxes = sizes.double()
+    common = torch.minimum(boxes, own)
+    area, intersection = own[:, 0] * own[:, 1], common[:, 0] * common[:, 1]
+    union = boxes[:, 0] * boxes[:, 1] + area - intersection
+    ratio = intersection / union
+    # What the longer boxes gain and all boxes lose by a longer side, as integers.
+    gain = ((1 + ratio) * common[:, 1 - axis] * own[:, axis] / union * 2**30).long()
+    loss = (ratio * area / union * 2**30).long()
+    count = len(anchors)
+    by_label = order[labels[order].argsort(stable=True)]  # and within a label by length
+    ends = torch.bincount(labels, minlength=count).cumsum(0)
+    gains = gain[by_label].cumsum(0)
+    all_gains = torch.cat((gains.new_zeros(1), gains))[ends]
+    losses = torch.zeros(count, dtype=torch.int64, device=sizes.device).index_add_(0, labels, loss)
+    # The shortest length beyond which boxes gain no more than all lose.
+    places = torch.searchsorted(gains, all_gains - losses).clamp(max=len(sizes) - 1)
+    starts = torch.cat((ends.new_zeros(1), ends[:-1]))
+    used = ends > starts
+    places = torch.minimum(torch.maximum(places, starts), (ends - 1).clamp(min=0))
+    sides = torch.where(used, sizes[by_label[places], axis], anchors[:, axis])
+    columns = list(anchors.unbind(1))
+    columns[axis] = sides
+    return torch.stack(columns, dim=1)
+
+
+def _sizes_and_ratios(op: str, sizes: Sequence, aspect_ratios: Sequence) -> tuple[tuple, tuple]:
+    sizes = tuple(tuple(each) if isinstance(each, list | tuple) else (each,) for each in sizes)
+    ratios = tuple(aspect_ratios)
+    if not ratios or not isinstance(ratios[0], list | tuple):
+        ratios = (ratios,) * len(sizes)
+    ratios = tuple(map(tuple, ratios))
+    if len(sizes) != len(ratios):
+        raise ValueError(f"{op}: aspect_ratios must have one entry per sizes ({len(sizes)}), got {len(ratios)}")
+    for argument, numbers in (("sizes", sizes), ("aspect_ratios", ratios)):
+        if not all(number > 0 for each in numbers for number in each):
+            raise ValueError(f"{op}: {argument} must be positive, got {numbers}")
+    return sizes, ratios
+
+
+def _grids_and_strides(op: str, feature_sizes: Sequence, strides: Sequence) -> tuple[tuple, tuple]:
+    grids = tuple((height, width) for height, width in feature_sizes)
+    pairs = tuple(tuple(each) if isinstance(each, list | tuple) else (each, each) for each in strides)
+    if len(pairs) != len(grids):
+        raise RuntimeError(f"{op}: strides must have one entry per feature_sizes ({len(grids)}), got {len(pairs)}")
+    if not all(number > 0 for pair in pairs for number in pair):
+        raise ValueError(f"{op}: strides must be positive, got {list(strides)}")
+    return grids, pairs
+
+
+def _cell_anchors(scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
+    """[ratios * scales, 4] around 0, as torchvision rounds them."""
+    scales, ratios = torch.tensor(scales, dtype=torch.float32), torch.tensor(ratios, dtype=torch.float32)
+    heights = ratios.sqrt()
+    widths = (1 / heights)[:, None] * scales
+    heights = heights[:, None] * scales
+    corners = torch.stack((-widths, -heights, widths, heights), dim=-1).view(-1, 4)
+    return (corners / 2).round()
+
+
+@register_fake("assign_sizes")
+def _(sizes: Tensor, anchors: Tensor, metric: int) -> tuple[Tensor, Tensor]:
+    return sizes.new_empty(sizes.shape[0], dtype=torch.int64), sizes.new_empty(sizes.shape[0])
+
+
+@register_fake("kmeans_anchors")
+def _(sizes: Tensor, start: Tensor, metric: int, max_iterations: int) -> tuple[Tensor, Tensor]:
+    return start.new_empty(start.shape), start.new_empty((), dtype=torch.int64)
