@@ -1,6 +1,7 @@
 // assign_sizes and kmeans_anchors: schemas, checks, and the CPU loops.
 #include "anchors/anchors.h"
 
+#include <algorithm>
 #include <atomic>
 #include <limits>
 #include <tuple>
@@ -16,11 +17,24 @@ namespace {
 constexpr int64_t kTile = 128;       // sizes that are assigned together
 constexpr int64_t kGrain = 1 << 13;  // sizes that are worth a thread
 
-// Assigns up to kTile sizes, of which widths and heights lie apart.
+// Some of the anchors, in ascending order.
+struct Candidates {
+  std::vector<float> sides;
+  std::vector<int32_t> labels;
+
+  explicit Candidates(int64_t most) : sides(2 * most), labels(most) {}
+  void set(int64_t place, const float* anchor, int32_t label) {
+    sides[2 * place] = anchor[0];
+    sides[2 * place + 1] = anchor[1];
+    labels[place] = label;
+  }
+};
+
+// Assigns up to kTile sizes, of which widths and heights lie apart, to `anchor_count` anchors with these labels.
 template <SizeMetric metric>
 DETOPS_CLONES void assign_tile(const float* widths, const float* heights, int64_t count, const float* anchors,
-                               int64_t anchor_count, int32_t* __restrict__ labels, float* __restrict__ affinities) {
-  // Arrays of this function, which may be written where nothing changes: the compiler then needs no branch.
+                               const int32_t* anchor_labels, int64_t anchor_count, int32_t* __restrict__ labels,
+                               float* __restrict__ affinities) {
   float best[kTile], w[kTile] = {}, h[kTile] = {};
   int32_t nearest[kTile];
   for (int64_t i = 0; i < count; ++i) {
@@ -29,16 +43,17 @@ DETOPS_CLONES void assign_tile(const float* widths, const float* heights, int64_
   }
   for (int64_t i = 0; i < kTile; ++i) {
     best[i] = -std::numeric_limits<float>::infinity();
-    nearest[i] = 0;
+    nearest[i] = anchor_labels[0];
   }
   for (int64_t a = 0; a < anchor_count; ++a) {
     const float width = anchors[2 * a], height = anchors[2 * a + 1];
-    const int32_t label = static_cast<int32_t>(a);
+    const int32_t label = anchor_labels[a];
     for (int64_t i = 0; i < kTile; ++i) {
       const float value = affinity<metric>(w[i], h[i], width, height);
-      const bool nearer = is_nearer(value, best[i]);
-      best[i] = nearer ? value : best[i];
-      nearest[i] = nearer ? label : nearest[i];
+      // A mask in place of a choice, of which the compiler makes a branch.
+      const int32_t mask = -static_cast<int32_t>(is_nearer(value, best[i]));
+      best[i] = max_of(value, best[i]);
+      nearest[i] = (label & mask) | (nearest[i] & ~mask);
     }
   }
   for (int64_t i = 0; i < count; ++i) {
@@ -72,8 +87,12 @@ struct Columns {
 
 void assign_sizes_cpu(const Tensor& sizes, const Tensor& anchors, SizeMetric size_metric, const Tensor& labels,
                       const Tensor& affinities) {
+  const int64_t anchor_count = anchors.size(0);
   const Columns columns(sizes);
-  const float* const anchor_data = anchors.const_data_ptr<float>();
+  Candidates all(anchor_count);
+  for (int64_t a = 0; a < anchor_count; ++a) {
+    all.set(a, anchors.const_data_ptr<float>() + 2 * a, static_cast<int32_t>(a));
+  }
   int64_t* const label_data = labels.mutable_data_ptr<int64_t>();
   float* const affinity_data = affinities.mutable_data_ptr<float>();
   dispatch_size_metric(size_metric, [&](auto metric) {
@@ -81,8 +100,8 @@ void assign_sizes_cpu(const Tensor& sizes, const Tensor& anchors, SizeMetric siz
       int32_t tile_labels[kTile];
       for (int64_t i = begin; i < end; i += kTile) {
         const int64_t count = min_of(kTile, end - i);
-        assign_tile<metric.value>(&columns.widths[i], &columns.heights[i], count, anchor_data, anchors.size(0),
-                                  tile_labels, affinity_data + i);
+        assign_tile<metric.value>(&columns.widths[i], &columns.heights[i], count, all.sides.data(), all.labels.data(),
+                                  anchor_count, tile_labels, affinity_data + i);
         for (int64_t j = 0; j < count; ++j) label_data[i + j] = tile_labels[j];
       }
     });
@@ -121,42 +140,178 @@ class SharedSums {
   std::atomic<int64_t> changes_;
 };
 
+// ---- k-means. Sizes are sorted so that those of a tile are alike: most tiles can have one label only, as bounds tell.
+
+// Where a size stands along a curve that keeps neighbours together: the bits of both logarithms, in turn, in steps of a
+// 16th of an octave.
+DETOPS_HD uint32_t spread_bits(uint32_t byte) {
+  byte = (byte | byte << 4) & 0x0f0f;
+  byte = (byte | byte << 2) & 0x3333;
+  return (byte | byte << 1) & 0x5555;
+}
+DETOPS_HD uint32_t level_of(float side) {
+  const uint32_t one = 0x3f800000;
+  const uint32_t bits = min_of(bit_cast<uint32_t>(side), one);  // of what is no size, any level will do
+  return min_of<uint32_t>((one - bits) >> 19, 255);
+}
+DETOPS_CLONES void find_places(const Columns& columns, uint32_t* __restrict__ places) {
+  const float *const widths = columns.widths.data(), *const heights = columns.heights.data();
+  const size_t count = columns.widths.size();
+  for (size_t i = 0; i < count; ++i) {
+    places[i] = spread_bits(level_of(widths[i])) | spread_bits(level_of(heights[i])) << 1;
+  }
+}
+constexpr int64_t kPlaces = 1 << 16;
+
+Columns sorted_along_curve(const Columns& columns) {
+  const size_t count = columns.widths.size();
+  std::vector<uint32_t> places(count);
+  find_places(columns, places.data());
+  std::vector<int64_t> next(kPlaces + 1);
+  for (uint32_t place : places) ++next[place + 1];
+  for (int64_t place = 0; place < kPlaces; ++place) next[place + 1] += next[place];
+  Columns sorted = columns;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t to = next[places[i]]++;
+    sorted.widths[to] = columns.widths[i];
+    sorted.heights[to] = columns.heights[i];
+  }
+  return sorted;
+}
+
+// What is known of the sizes of a tile together.
+struct TileSummary {
+  float least_width, greatest_width, least_height, greatest_height;
+  SizeSums sums;
+  int32_t label;  // of all of them, -1 if they differ
+  int32_t hint;   // an anchor that is near
+};
+
+DETOPS_CLONES TileSummary summarise(const float* widths, const float* heights, int64_t count, const SizeScale& scale) {
+  TileSummary tile{widths[0], widths[0], heights[0], heights[0], {0, 0, count}, -1, 0};
+  for (int64_t i = 0; i < count; ++i) {
+    tile.least_width = min_of(widths[i], tile.least_width);
+    tile.greatest_width = max_of(widths[i], tile.greatest_width);
+    tile.least_height = min_of(heights[i], tile.least_height);
+    tile.greatest_height = max_of(heights[i], tile.greatest_height);
+    tile.sums.width += scale.integer(widths[i]);
+    tile.sums.height += scale.integer(heights[i]);
+  }
+  return tile;
+}
+
+// The anchors that can be nearest to some size of the tile. In each side alone every metric grows up to the anchor's
+// and falls beyond: over a tile it is greatest where the tile is nearest to the anchor, and least in a corner. The
+// margin is for what rounding can do to that.
+template <SizeMetric metric>
+DETOPS_CLONES int64_t find_candidates(const TileSummary& tile, const float* anchors, int64_t anchor_count,
+                                      Candidates& candidates) {
+  const float width = anchors[2 * tile.hint], height = anchors[2 * tile.hint + 1];
+  const float least = min_of(min_of(affinity<metric>(tile.least_width, tile.least_height, width, height),
+                                    affinity<metric>(tile.least_width, tile.greatest_height, width, height)),
+                             min_of(affinity<metric>(tile.greatest_width, tile.least_height, width, height),
+                                    affinity<metric>(tile.greatest_width, tile.greatest_height, width, height)));
+  const float bound = least - 1e-5f * (least < 0.0f ? -least : least);
+  int64_t found = 0;
+  for (int64_t a = 0; a < anchor_count; ++a) {
+    const float* const anchor = anchors + 2 * a;
+    const float near_width = max_of(tile.least_width, min_of(tile.greatest_width, anchor[0]));
+    const float near_height = max_of(tile.least_height, min_of(tile.greatest_height, anchor[1]));
+    candidates.set(found, anchor, static_cast<int32_t>(a));
+    // So that a bound that is no number excludes none.
+    found += !(affinity<metric>(near_width, near_height, anchor[0], anchor[1]) < bound);
+  }
+  return found;
+}
+
+// One thread's part of an iteration.
+template <SizeMetric metric>
+class TileWorker {
+ public:
+  TileWorker(const Columns& columns, const SizeScale& scale, const float* anchors, int64_t anchor_count)
+      : columns_(columns),
+        scale_(scale),
+        anchors_(anchors),
+        anchor_count_(anchor_count),
+        candidates_(anchor_count + 1),
+        differences_(anchor_count) {}
+
+  // `labels` of a tile with one label are not kept.
+  void assign(int64_t begin, int64_t count, TileSummary& tile, int32_t* labels) {
+    const int64_t found = find_candidates<metric>(tile, anchors_, anchor_count_, candidates_);
+    if (found == 1) {
+      const int32_t label = candidates_.labels[0];
+      if (tile.label == label) return;
+      if (tile.label >= 0) {
+        move(tile.sums, tile.label, label);
+      } else {
+        for (int64_t i = 0; i < count; ++i) relabel(begin + i, labels[i], label);
+      }
+      tile.label = tile.hint = label;
+      return;
+    }
+    if (tile.label >= 0) std::fill_n(labels, count, tile.label);
+    int32_t nearest[kTile], places[kTile];
+    float best[kTile];
+    assign_tile<metric>(&columns_.widths[begin], &columns_.heights[begin], count, candidates_.sides.data(),
+                        candidates_.labels.data(), found, nearest, best);
+    const int64_t changed = find_changes(labels, nearest, count, places);
+    for (int64_t place = 0; place < changed; ++place) {
+      const int64_t i = places[place];
+      relabel(begin + i, labels[i], nearest[i]);
+      labels[i] = nearest[i];
+    }
+    tile.label = -1;
+    tile.hint = nearest[count / 2];
+  }
+
+  void finish(SharedSums& sums) const { sums.add(differences_, changes_); }
+
+ private:
+  void relabel(int64_t i, int32_t before, int32_t after) {
+    if (before == after) return;
+    move({scale_.integer(columns_.widths[i]), scale_.integer(columns_.heights[i]), 1}, before, after);
+  }
+  void move(const SizeSums& sums, int32_t before, int32_t after) {
+    changes_ += sums.count;
+    SizeSums& to = differences_[after];
+    to = {to.width + sums.width, to.height + sums.height, to.count + sums.count};
+    if (before < 0) return;
+    SizeSums& from = differences_[before];
+    from = {from.width - sums.width, from.height - sums.height, from.count - sums.count};
+  }
+
+  const Columns& columns_;
+  const SizeScale& scale_;
+  const float* const anchors_;
+  const int64_t anchor_count_;
+  Candidates candidates_;
+  std::vector<SizeSums> differences_;
+  int64_t changes_ = 0;
+};
+
 void kmeans_anchors_cpu(const Tensor& sizes, SizeMetric size_metric, int64_t max_iterations, const Tensor& anchors,
                         const Tensor& iterations) {
-  const int64_t count = sizes.size(0), anchor_count = anchors.size(0);
-  const Columns columns(sizes);
+  const int64_t count = sizes.size(0), anchor_count = anchors.size(0), tile_count = ceil_div(count, kTile);
+  const Columns columns = sorted_along_curve(Columns(sizes));
   const SizeScale scale(count);
   float* const anchor_data = anchors.mutable_data_ptr<float>();
   int64_t& iteration = *iterations.mutable_data_ptr<int64_t>();
   std::vector<int32_t> labels(count, -1);
+  std::vector<TileSummary> tiles(tile_count);
+  const auto size_of = [&](int64_t tile) { return min_of(kTile, count - tile * kTile); };
+  for (int64_t tile = 0; tile < tile_count; ++tile) {
+    tiles[tile] = summarise(&columns.widths[tile * kTile], &columns.heights[tile * kTile], size_of(tile), scale);
+  }
   SharedSums sums(anchor_count);
   dispatch_size_metric(size_metric, [&](auto metric) {
     for (iteration = 0; iteration < max_iterations;) {
-      parallel_ranges(count, kGrain, [&](int64_t begin, int64_t end) {
-        std::vector<SizeSums> differences(anchor_count);
-        int64_t changes = 0;
-        int32_t tile_labels[kTile], places[kTile];
-        float best[kTile];
-        for (int64_t i = begin; i < end; i += kTile) {
-          const int64_t tile = min_of(kTile, end - i);
-          assign_tile<metric.value>(&columns.widths[i], &columns.heights[i], tile, anchor_data, anchor_count,
-                                    tile_labels, best);
-          const int64_t changed = find_changes(&labels[i], tile_labels, tile, places);
-          changes += changed;
-          for (int64_t place = 0; place < changed; ++place) {
-            const int64_t j = places[place];
-            const int32_t before = labels[i + j], after = tile_labels[j];
-            const int64_t width = scale.integer(columns.widths[i + j]), height = scale.integer(columns.heights[i + j]);
-            SizeSums& to = differences[after];
-            to = {to.width + width, to.height + height, to.count + 1};
-            if (before >= 0) {
-              SizeSums& from = differences[before];
-              from = {from.width - width, from.height - height, from.count - 1};
-            }
-            labels[i + j] = after;
-          }
+      parallel_ranges(tile_count, kGrain / kTile, [&](int64_t begin, int64_t end) {
+        TileWorker<metric.value> worker(columns, scale, anchor_data, anchor_count);
+        for (int64_t tile = begin; tile < end; ++tile) {
+          worker.assign(tile * kTile, size_of(tile), tiles[tile], &labels[tile * kTile]);
         }
-        sums.add(differences, changes);
+        worker.finish(sums);
       });
       ++iteration;
       if (sums.take_changes() == 0) break;
