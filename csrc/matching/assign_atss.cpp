@@ -62,7 +62,7 @@ class NearestSearch {
     const int64_t blocks = ceil_div(count, kBlock);
     least_distances(centres_.around.data() + first_block, blocks, point, bounds_.data());
     const int64_t nearest = std::min_element(bounds_.begin(), bounds_.begin() + blocks) - bounds_.begin();
-    found_.assign(wanted, {std::numeric_limits<T>::infinity(), INT32_MAX});
+    found_.assign(wanted, {kInfinityOf<T>, INT32_MAX});
     look(point, first, nearest, count);
     for (int64_t block = 0; block < blocks; ++block) {
       if (block != nearest && !(bounds_[block] > found_.back().distance)) look(point, first, block, count);

@@ -45,7 +45,7 @@ template <class T>
 DETOPS_HD T squared_distance(const Point<T>& a, const Point<T>& b) {
   const T x = a.x - b.x, y = a.y - b.y;
   const T distance = x * x + y * y;
-  return distance == distance ? distance : std::numeric_limits<T>::infinity();
+  return distance == distance ? distance : kInfinityOf<T>;
 }
 
 template <class T>

@@ -40,7 +40,7 @@ struct AtssTensors {
 template <class T>
 __device__ inline Candidate<T> nearest_after(const T* anchors, int first, int count, const Point<T>& point,
                                              const Candidate<T>& after) {
-  Candidate<T> best{std::numeric_limits<T>::infinity(), INT32_MAX};
+  Candidate<T> best{kInfinityOf<T>, INT32_MAX};
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const Box<T> anchor = load_box<T>(anchors + 4 * int64_t(first + i));
     const Candidate<T> candidate{squared_distance(centre_of(anchor), point), first + i};

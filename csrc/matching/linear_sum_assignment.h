@@ -24,6 +24,7 @@
 namespace DETOPS_NAMESPACE {
 
 constexpr double kForbidden = std::numeric_limits<double>::infinity();
+constexpr double kMostCost = std::numeric_limits<double>::max() / 16;
 
 // NaN and -infinity are no costs. Only the GPU gets to see them: the CPU refuses them.
 DETOPS_HD double cost_or_forbidden(double cost) { return cost > -kForbidden ? cost : kForbidden; }
@@ -52,7 +53,7 @@ DETOPS_HD double prohibitive_cost(double least, double most, int rows) {
   if (least > most) return 1.0;
   const double magnitude = max_of(max_of(most, -least), 1.0);
   const double spread = most > least ? most - least : magnitude;
-  return min_of(most + (rows + 1.0) * spread, std::numeric_limits<double>::max() / 16);
+  return min_of(most + (rows + 1.0) * spread, kMostCost);
 }
 
 // Contiguous costs: [B, Q, T], or [B, T, Q] if they stand by target. Of the targets take part the first num_targets,

@@ -24,6 +24,9 @@ namespace DETOPS_NAMESPACE {
 constexpr int64_t kBelowLow = -1, kBetween = -2;
 
 template <class T>
+constexpr T kInfinityOf = std::numeric_limits<T>::infinity();
+
+template <class T>
 struct MatchThresholds {
   T high, low;
 };
@@ -87,8 +90,7 @@ DETOPS_HD bool may_meet(const Box<T>& box, const Box<T>& around) {
 // Encloses nothing, and meets nothing.
 template <class T>
 DETOPS_HD Box<T> empty_box() {
-  constexpr T kInfinity = std::numeric_limits<T>::infinity();
-  return {kInfinity, kInfinity, -kInfinity, -kInfinity};
+  return {kInfinityOf<T>, kInfinityOf<T>, -kInfinityOf<T>, -kInfinityOf<T>};
 }
 
 // The smallest box around both.

@@ -59,6 +59,7 @@ __global__ void sample_matches_kernel(const int64_t* all_matches, const int32_t*
     own[kPositive] += kind == kPositive;
     own[kNegative] += kind == kNegative;
   }
+#pragma unroll
   for (int kind = 0; kind < 2; ++kind) {
     const int of_warp = warp_sum(own[kind]);
     if (lane == 0) atomicAdd(&totals[kind], of_warp);
@@ -102,6 +103,7 @@ __global__ void sample_matches_kernel(const int64_t* all_matches, const int32_t*
   for (int round = 0; round < 2; ++round) {
     int below_before[2] = {0, 0}, tied_before[2] = {0, 0};  // of the image, before the anchor that is looked at
     if (round == 1) {
+#pragma unroll
       for (int kind = 0; kind < 2; ++kind) {
         for (int i = 0; i < warp; ++i) {
           below_before[kind] += below[kind * kWarps + i];
@@ -113,6 +115,7 @@ __global__ void sample_matches_kernel(const int64_t* all_matches, const int32_t*
       const int a = first + lane;
       const int kind = a < end ? sample_class(matches[a]) : kNoSample;
       const uint32_t key = kind != kNoSample ? sample_key(keys[a]) : 0;
+#pragma unroll
       for (int k = 0; k < 2; ++k) {
         const bool is_below = kind == k && any[k] && key < draws[k].key;
         const bool is_tied = kind == k && any[k] && key == draws[k].key;
@@ -131,6 +134,7 @@ __global__ void sample_matches_kernel(const int64_t* all_matches, const int32_t*
     }
     if (round == 1) break;
     if (lane == 0) {
+#pragma unroll
       for (int kind = 0; kind < 2; ++kind) {
         below[kind * kWarps + warp] = below_before[kind];
         tied[kind * kWarps + warp] = tied_before[kind];
