@@ -92,18 +92,12 @@ std::tuple<Tensor, Tensor> max_iou(const Tensor& boxes1, const Tensor& boxes2, c
   shape.stride2 = dense2.stride;
   std::optional<Tensor> dense_valid;
   if (valid.has_value()) {
-    bool same = valid->dim() == boxes2.dim() - 1;
-    for (int64_t i = 0; same && i < valid->dim(); ++i) same = valid->size(i) == boxes2.size(i);
-    if (!same)
-      fail(op, "valid must have one value per box of boxes2 (" + shape_text(boxes2) + "), got " + shape_text(*valid));
-    if (valid->scalar_type() != ScalarType::Bool) {
-      fail(op, "valid must be bool, got " + dtype_name(valid->scalar_type()));
-    }
-    check_same_device(op, "valid", *valid, "boxes1", boxes1);
+    check_mask(op, "valid", *valid, "boxes2", boxes2);
     dense_valid = as_contiguous(*valid);
   }
-  const Tensor values = allocate(op, leading_sizes(boxes1, {shape.rows}), boxes1.scalar_type(), boxes1);
-  const Tensor indices = allocate(op, leading_sizes(boxes1, {shape.rows}), ScalarType::Long, boxes1);
+  const std::vector<int64_t> sizes = leading_sizes(boxes1, boxes1.dim() - 1);
+  const Tensor values = allocate(op, sizes, boxes1.scalar_type(), boxes1);
+  const Tensor indices = allocate(op, sizes, ScalarType::Long, boxes1);
   if (values.numel() == 0) return {values, indices};
   if (on_gpu(op, boxes1)) {
     DETOPS_GPU_ONLY(

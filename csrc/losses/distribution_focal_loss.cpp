@@ -156,7 +156,7 @@ constexpr const char* kOp = "distribution_focal_loss";
 Tensor distribution_focal_loss(const Tensor& inputs, const Tensor& targets, int64_t reduction_number) {
   const Reduction reduction = checked_reduction(kOp, reduction_number);
   const Tensor dense_targets = checked_targets(kOp, inputs, targets);
-  const Tensor out = allocate_loss(kOp, leading_sizes(targets, targets.dim()), reduction, inputs.scalar_type(), inputs);
+  const Tensor out = allocate_loss(kOp, sizes_of(targets), reduction, inputs.scalar_type(), inputs);
   if (out.numel() == 0) return out;
   if (on_gpu(kOp, inputs)) {
     DETOPS_GPU_ONLY(distribution_focal_loss_cuda(as_contiguous(inputs), dense_targets, reduction, out));
@@ -170,9 +170,8 @@ Tensor distribution_focal_loss_backward(const Tensor& grad, const Tensor& inputs
                                         int64_t reduction_number) {
   const Reduction reduction = checked_reduction(kOp, reduction_number);
   const Tensor dense_targets = checked_targets(kOp, inputs, targets);
-  const Upstream upstream =
-      checked_upstream(kOp, grad, leading_sizes(targets, targets.dim()), reduction, inputs.scalar_type(), inputs);
-  const Tensor out = allocate(kOp, leading_sizes(inputs, inputs.dim()), inputs.scalar_type(), inputs);
+  const Upstream upstream = checked_upstream(kOp, grad, sizes_of(targets), reduction, inputs.scalar_type(), inputs);
+  const Tensor out = allocate(kOp, sizes_of(inputs), inputs.scalar_type(), inputs);
   if (out.numel() == 0) return out;
   if (on_gpu(kOp, inputs)) {
     DETOPS_GPU_ONLY(distribution_focal_loss_backward_cuda(upstream, as_contiguous(inputs), dense_targets, out));

@@ -65,7 +65,7 @@ std::vector<int64_t> checked_pairs(const char* op, const Tensor& boxes1, const T
   if (boxes1.dim() == 0 || boxes1.size(boxes1.dim() - 1) != 4) {
     fail(op, "boxes1 must have shape [..., 4], got " + shape_text(boxes1));
   }
-  check_sizes(op, "boxes2", boxes2, leading_sizes(boxes1, boxes1.dim()), " as boxes1");
+  check_sizes(op, "boxes2", boxes2, sizes_of(boxes1), " as boxes1");
   const ScalarType dtype = boxes1.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "boxes1 must be float32 or float64, got " + dtype_name(dtype));
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> iou_loss_backward(const Tensor& grad, const Tensor& b
   const Reduction reduction = checked_reduction(op, reduction_number);
   const std::vector<int64_t> sizes = checked_pairs(op, boxes1, boxes2);
   const Upstream upstream = checked_upstream(op, grad, sizes, reduction, boxes1.scalar_type(), boxes1);
-  const std::vector<int64_t> shape = leading_sizes(boxes1, boxes1.dim());
+  const std::vector<int64_t> shape = sizes_of(boxes1);
   const Tensor grad1 = allocate(op, shape, boxes1.scalar_type(), boxes1);
   const Tensor grad2 = allocate(op, shape, boxes1.scalar_type(), boxes1);
   if (boxes1.numel() == 0) return {grad1, grad2};

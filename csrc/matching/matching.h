@@ -91,12 +91,6 @@ DETOPS_HD Box<T> empty_box() {
   return {kInfinity, kInfinity, -kInfinity, -kInfinity};
 }
 
-// The smallest box around both.
-template <class T>
-DETOPS_HD Box<T> box_around(const Box<T>& a, const Box<T>& b) {
-  return {min_of(a.x1, b.x1), min_of(a.y1, b.y1), max_of(a.x2, b.x2), max_of(a.y2, b.y2)};
-}
-
 // The anchors of an image are dealt into chunks of at least as many anchors as there are boxes. The best IoU of each
 // box is kept by chunk, in no more memory than the anchors take: only a chunk that holds the best of all is searched
 // for the anchors that have it.
