@@ -27,9 +27,8 @@ DETOPS_CLONES void best_of_lanes(const T (&lanes)[4][kLanes], const Box<T>* boxe
     const int32_t row = rows[j];
     for (int lane = 0; lane < kLanes; ++lane) {
       const Box<T> box{lanes[0][lane], lanes[1][lane], lanes[2][lane], lanes[3][lane]};
-      const T intersection = intersection_area(box, other);
-      const T iou = intersection / (area[lane] + other_area - intersection);
-      const bool better = iou > values[lane];
+      const T iou = pair_iou(box, area[lane], other, other_area);
+      const bool better = is_better_match(iou, values[lane]);
       values[lane] = better ? iou : values[lane];
       indices[lane] = better ? row : indices[lane];
     }

@@ -32,11 +32,9 @@ __global__ void max_iou_kernel(const T* boxes1, const T* boxes2, const bool* val
     for (int j = 0; j < count; ++j) {
       if (!usable[j]) continue;
       if (best_index < 0) best_index = static_cast<int>(first) + j;
-      const T intersection = intersection_area(box, others[j]);
-      const T union_area = area + areas[j] - intersection;
-      if (!(intersection > T(0)) || !(intersection >= quick * union_area)) continue;
-      const T iou = intersection / union_area;
-      if (iou > best) {
+      if (!may_exceed(box, area, others[j], areas[j], quick)) continue;
+      const T iou = pair_iou(box, area, others[j], areas[j]);
+      if (is_better_match(iou, best)) {
         best = iou;
         quick = iou * kSlightlyLess<T>;
         best_index = static_cast<int>(first) + j;

@@ -16,7 +16,7 @@
 // integers of their bits do.
 #pragma once
 
-#include "common/geometry.h"
+#include "iou/iou.h"
 #include "matching/match_inputs.h"
 
 namespace DETOPS_NAMESPACE {
@@ -49,8 +49,7 @@ struct MatchOptions {
 
 template <class T>
 DETOPS_HD T match_iou(const Box<T>& anchor, T anchor_area, const Box<T>& gt, T gt_area) {
-  const T intersection = intersection_area(anchor, gt);
-  const T iou = intersection / (anchor_area + gt_area - intersection);
+  const T iou = pair_iou(anchor, anchor_area, gt, gt_area);
   return iou > T(0) ? iou : T(0);
 }
 

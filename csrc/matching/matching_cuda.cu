@@ -122,7 +122,7 @@ __global__ void match_max_iou_kernel(MatchTensors<T> tensors, MatchOptions<T> op
         for (unsigned hits = __ballot_sync(kFullWarp, may); hits != 0; hits &= hits - 1) {
           const int j = group * kWarpSize + __ffs(static_cast<int>(hits)) - 1;
           const T iou = match_iou(anchor, area, tile[j], areas[j]);
-          if (iou > best) {
+          if (is_better_match(iou, best)) {
             best = iou;
             best_gt = first + j;
           }
