@@ -55,10 +55,9 @@ void max_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, const Tensor* vali
   dispatch_compute_type(boxes1.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int row_blocks = static_cast<int>(ceil_div<int64_t>(shape.rows, kThreads));
-    const int64_t blocks = shape.batch * row_blocks;
-    if (blocks > INT32_MAX) fail("max_iou", "boxes1 must have fewer rows in all, got " + std::to_string(shape.rows));
-    DETOPS_LAUNCH((max_iou_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, scope.stream(),
-                  boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(),
+    const unsigned blocks = blocks_for("max_iou", "boxes1", shape.batch * row_blocks, 1);
+    DETOPS_LAUNCH((max_iou_kernel<T>), blocks, kThreads, 0, scope.stream(), boxes1.const_data_ptr<T>(),
+                  boxes2.const_data_ptr<T>(),
                   valid != nullptr ? static_cast<const bool*>(valid->const_data_ptr()) : nullptr, shape, row_blocks,
                   values.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());
   });

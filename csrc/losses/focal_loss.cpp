@@ -91,7 +91,7 @@ void focal_loss_backward_cpu(const Upstream& upstream, const FocalTensors& tenso
     const auto options = focal_options<T>(focal_kind, alpha, exponent);
     const S* const inputs = tensors.inputs.const_data_ptr<S>();
     const FocalTargets<S> targets(tensors);
-    const UpstreamValues<S> grad(upstream);
+    const UpstreamView<S> grad(upstream);
     S* const result = out.mutable_data_ptr<S>();
     dispatch_focal(focal_kind, [&](auto kind) {
       const auto gradients =

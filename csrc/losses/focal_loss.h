@@ -49,7 +49,7 @@ template <bool square, class T>
 DETOPS_HD FocalWeight<T> focal_power(T scale, T base, T slope, T exponent) {
   if (square) return {scale * (base * base), scale * 2 * base * slope};
   base = max_of(kSmallestNormal<T>, base);
-  const T power = scale * math::exp(exponent * math::log(base));
+  const T power = scale * fast_pow(base, exponent);
   return {power, power * exponent * (slope / base)};
 }
 

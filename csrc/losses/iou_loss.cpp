@@ -17,7 +17,7 @@ DETOPS_CLONES void iou_loss_values(const T* boxes1, const T* boxes2, int64_t cou
 }
 
 template <IouLossKind kind, class T>
-DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamValues<T>& grad, int64_t begin,
+DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamView<T>& grad, int64_t begin,
                                       int64_t end, T eps, T* __restrict__ grad1, T* __restrict__ grad2) {
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
@@ -46,7 +46,7 @@ void iou_loss_backward_cpu(const Upstream& upstream, const Tensor& boxes1, const
     using T = typename decltype(tag)::type;
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
-    const UpstreamValues<T> grad(upstream);
+    const UpstreamView<T> grad(upstream);
     parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
       iou_loss_gradients<kind.value>(data1, data2, grad, begin, end, T(eps), out1, out2);
     });

@@ -33,6 +33,20 @@ struct Upstream {
   double factor;
 };
 
+// The same, as loops and kernels read it.
+template <class S>
+struct UpstreamView {
+  using T = ComputeType<S>;
+  const S* grad;
+  int64_t step;
+  T factor;
+
+  explicit UpstreamView(const Upstream& upstream)
+      : grad(upstream.grad.const_data_ptr<S>()), step(upstream.step), factor(static_cast<T>(upstream.factor)) {}
+
+  DETOPS_HD T at(int64_t i) const { return static_cast<T>(grad[i * step]) * factor; }
+};
+
 inline Upstream checked_upstream(const char* op, const Tensor& grad, const std::vector<int64_t>& sizes,
                                  Reduction reduction, ScalarType dtype, const Tensor& like) {
   const bool reduced = reduction != Reduction::kNone;
