@@ -214,7 +214,21 @@ def distance_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none
     With intersection I, union U, the squared distance d of the centres and the sides w, h of the smallest box around
     both: 1 - I / (U + eps) + d / (w^2 + h^2 + eps).
 
-    Args, Returns, gradient and Raises as of `generalized_box_iou_loss`.
+    Args:
+        boxes1: [..., 4] xyxy, any dtype; computed in float32, or in float64 if one of the boxes is float64.
+        boxes2: [..., 4], the shape of `boxes1`.
+        reduction: "none", "mean" or "sum".
+        eps: keeps divisors from 0.
+
+    Returns:
+        [...], or a scalar if reduced, float32 or float64.
+
+    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    empty intersection has none.
+
+    Raises:
+        ValueError: `reduction` is none of the above.
+        RuntimeError: the shapes differ or do not end in 4, or the devices differ.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [0., 0., 10., 5.]])
@@ -232,7 +246,21 @@ def complete_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none
     The distance loss plus alpha v, where v = 4 / pi^2 (atan(w1 / h1) - atan(w2 / h2))^2 and
     alpha = v / (1 - I / (U + eps) + v + eps), a constant in the gradient.
 
-    Args, Returns, gradient and Raises as of `generalized_box_iou_loss`. A box without width and height gives NaN.
+    Args:
+        boxes1: [..., 4] xyxy, any dtype; computed in float32, or in float64 if one of the boxes is float64.
+        boxes2: [..., 4], the shape of `boxes1`.
+        reduction: "none", "mean" or "sum".
+        eps: keeps divisors from 0.
+
+    Returns:
+        [...], or a scalar if reduced, float32 or float64.
+
+    Inverted boxes follow the formula; NaN gives NaN, and so does a box without width and height. Gradient: to both;
+    ties of min and max are split equally, and an empty intersection has none.
+
+    Raises:
+        ValueError: `reduction` is none of the above.
+        RuntimeError: the shapes differ or do not end in 4, or the devices differ.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [0., 0., 10., 5.]])
@@ -251,7 +279,21 @@ def efficient_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "non
     With the sides w, h of the smallest box around both, the distance loss plus
     (w1 - w2)^2 / (w^2 + eps) + (h1 - h2)^2 / (h^2 + eps).
 
-    Args, Returns, gradient and Raises as of `generalized_box_iou_loss`.
+    Args:
+        boxes1: [..., 4] xyxy, any dtype; computed in float32, or in float64 if one of the boxes is float64.
+        boxes2: [..., 4], the shape of `boxes1`.
+        reduction: "none", "mean" or "sum".
+        eps: keeps divisors from 0.
+
+    Returns:
+        [...], or a scalar if reduced, float32 or float64.
+
+    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    empty intersection has none.
+
+    Raises:
+        ValueError: `reduction` is none of the above.
+        RuntimeError: the shapes differ or do not end in 4, or the devices differ.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [0., 0., 10., 5.]])
@@ -272,7 +314,21 @@ def siou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: floa
     distance = 2 - exp(-(2 - angle) dx^2 / (w^2 + eps)) - exp(-(2 - angle) dy^2 / (h^2 + eps)),
     shape = (1 - exp(-|w1 - w2| / (max(w1, w2) + eps)))^4 + (1 - exp(-|h1 - h2| / (max(h1, h2) + eps)))^4.
 
-    Args, Returns, gradient and Raises as of `generalized_box_iou_loss`.
+    Args:
+        boxes1: [..., 4] xyxy, any dtype; computed in float32, or in float64 if one of the boxes is float64.
+        boxes2: [..., 4], the shape of `boxes1`.
+        reduction: "none", "mean" or "sum".
+        eps: keeps divisors from 0.
+
+    Returns:
+        [...], or a scalar if reduced, float32 or float64.
+
+    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    empty intersection has none.
+
+    Raises:
+        ValueError: `reduction` is none of the above.
+        RuntimeError: the shapes differ or do not end in 4, or the devices differ.
 
     Example:
         >>> boxes = torch.tensor([[0., 0., 10., 10.], [0., 0., 10., 5.]])

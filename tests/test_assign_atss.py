@@ -1,7 +1,5 @@
 """assign_atss: equal to its definition in reference/matching.py."""
 
-import shutil
-
 import inputs
 import numpy as np
 import pytest
@@ -11,8 +9,6 @@ from reference import matching as reference
 
 import detops
 from detops import _library
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 def check(anchors, level_sizes, gt_boxes, gt_valid=None, topk=9):
@@ -180,7 +176,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.assign_atss, (device.put(anchors), sizes, boxes[:, :0], None, 9))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     anchors, sizes = pyramid()
@@ -205,17 +201,13 @@ def test_export():
     assert all(map(torch.equal, program.module()(*arguments), Assign()(*arguments)))
 
 
-def test_any_number_of_threads_and_every_run_give_the_same(device):
-    before = torch.get_num_threads()
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device):
     anchors, sizes = pyramid()
     anchors, boxes = device.put(anchors), device.put(inputs.uniform_boxes(60, extent=64).reshape(3, 20, 4))
     first = detops.assign_atss(anchors, sizes, boxes)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, detops.assign_atss(anchors, sizes, boxes), first))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, detops.assign_atss(anchors, sizes, boxes), first))
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

@@ -1,7 +1,5 @@
 """match_detr: the cheapest assignment for the costs of reference/linear_sum_assignment.py."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from reference import linear_sum_assignment as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 COSTS = {
     "detr": {},
     "rt_detr": dict(class_cost="focal", class_weight=2.0),
@@ -250,7 +247,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.match_detr, options)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     torch._dynamo.reset()
@@ -273,16 +270,12 @@ def test_export():
     assert torch.equal(program.module()(*arguments), Match()(*arguments))
 
 
-def test_any_number_of_threads_and_every_run_give_the_same(device):
-    before = torch.get_num_threads()
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device):
     arguments = put(device, scene(4, 40, 5, 9))
     first = detops.match_detr(*arguments)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert torch.equal(detops.match_detr(*arguments), first)
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert torch.equal(detops.match_detr(*arguments), first)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

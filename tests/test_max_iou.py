@@ -240,7 +240,7 @@ def test_bad_tensors(device, boxes1, boxes2, valid, message):
 def test_tensors_on_different_devices(device):
     with pytest.raises(RuntimeError, match="^max_iou: boxes2 must be on the device of boxes1"):
         detops.max_iou(BOXES.to(device.torch), BOXES)
-    with pytest.raises(RuntimeError, match="^max_iou: valid must be on the device of boxes1"):
+    with pytest.raises(RuntimeError, match="^max_iou: valid must be on the device of boxes2"):
         detops.max_iou(BOXES.to(device.torch), BOXES.to(device.torch), VALID)
 
 

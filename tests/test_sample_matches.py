@@ -1,7 +1,5 @@
 """sample_matches: what is drawn for given keys equals reference/matching.py, and the keys make the draw fair."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -10,8 +8,6 @@ from reference import matching as reference
 
 import detops
 from detops import _library
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 
 
 def matches_of(images, anchors, seed=0, shares=(0.1, 0.6, 0.3)):
@@ -160,7 +156,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.sample_matches, arguments)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 def test_compile_in_one_graph(device):
     torch._dynamo.reset()
@@ -183,16 +179,12 @@ def test_export():
     assert (matches.gather(1, program.module()(matches).indices) >= -1).all()
 
 
-def test_any_number_of_threads_gives_the_same(device):
-    before = torch.get_num_threads()
+def test_any_number_of_threads_gives_the_same(restore_threads, device):
     matches, keys = device.put(matches_of(5, 300)), device.put(keys_of((5, 300)))
     first = _library.ops.sample_matches(matches, keys, 32, 16)
-    try:
-        for threads in (1, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, _library.ops.sample_matches(matches, keys, 32, 16), first))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, _library.ops.sample_matches(matches, keys, 32, 16), first))
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

@@ -1,7 +1,5 @@
 """assign_simota: equal to the dense definition in reference/simota.py, on every device."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from yolo_scenes import grid_points, scene
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 OPTIONS = [
     {},
     {"topk": 1},
@@ -273,7 +270,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.assign_simota, (*put(device, scene_of(32, 4)), 1.5, 10, 3.0, dense))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(device, dynamic):
@@ -303,16 +300,12 @@ def test_export_with_any_number_of_boxes():
     assert torch.equal(program.module()(*tensors_of(31)), detops.assign_simota(*tensors_of(31)).labels)
 
 
-def test_any_number_of_threads_and_every_run_give_the_same(device):
-    before = torch.get_num_threads()
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device):
     tensors = put(device, scene_of(device.limit(256, emulated=64), 40, images=3))
     first = detops.assign_simota(*tensors)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, detops.assign_simota(*tensors), first))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, detops.assign_simota(*tensors), first))
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

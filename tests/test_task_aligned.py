@@ -1,6 +1,5 @@
 """assign_task_aligned: equal to the dense definition in reference/task_aligned.py, on every device."""
 
-import shutil
 import subprocess
 import sys
 
@@ -14,7 +13,6 @@ from yolo_scenes import Scene, grid_points, scene
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OPTIONS = [
     {},
@@ -313,7 +311,7 @@ def test_opcheck(device):
         torch.library.opcheck(_library.ops.assign_task_aligned, arguments)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(device, dynamic):
@@ -344,16 +342,12 @@ def test_export_with_any_number_of_boxes():
     assert torch.equal(program.module()(*more), detops.assign_task_aligned(*more).labels)
 
 
-def test_any_number_of_threads_and_every_run_give_the_same(device):
-    before = torch.get_num_threads()
+def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, device):
     tensors = put(device, scene(grid_points(device.limit(256, emulated=64))[0], 40, images=3))
     first = detops.assign_task_aligned(*tensors)
-    try:
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            assert all(map(torch.equal, detops.assign_task_aligned(*tensors), first))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 8):
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, detops.assign_task_aligned(*tensors), first))
 
 
 MEMORY = """

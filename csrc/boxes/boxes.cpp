@@ -88,24 +88,11 @@ BoxFormat check_format(const char* op, const char* argument, int64_t format, int
   fail(op, std::string(argument) + " must be in 0.." + std::to_string(formats - 1) + ", got " + std::to_string(format));
 }
 
-std::vector<int64_t> leading_sizes(const Tensor& boxes) {
-  std::vector<int64_t> sizes(boxes.dim() - 1);
-  for (size_t i = 0; i < sizes.size(); ++i) sizes[i] = boxes.size(static_cast<int64_t>(i));
-  return sizes;
-}
-
-Tensor allocate_boxes(const char* op, const Tensor& boxes) {
-  std::vector<int64_t> sizes = leading_sizes(boxes);
-  sizes.push_back(4);
-  return allocate(op, sizes, boxes.scalar_type(), boxes);
-}
-
 Tensor box_areas(const Tensor& boxes, int64_t fmt) {
   const char* const op = "box_area";
   const BoxFormat format = check_format(op, "fmt", fmt, kBoxFormats);
   check_boxes(op, boxes, coordinate_count(format));
-  const bool wide = boxes.scalar_type() == ScalarType::Double;
-  const Tensor out = allocate(op, leading_sizes(boxes), wide ? ScalarType::Double : ScalarType::Float, boxes);
+  const Tensor out = allocate(op, leading_sizes(boxes, boxes.dim() - 1), compute_dtype(boxes.scalar_type()), boxes);
   const Tensor dense = as_contiguous(boxes);
   if (on_gpu(op, boxes)) {
     DETOPS_GPU_ONLY(box_area_cuda(dense, format, out));
@@ -130,7 +117,7 @@ Tensor box_convert(const Tensor& boxes, int64_t in_fmt, int64_t out_fmt) {
   const BoxFormat in_format = check_format(op, "in_fmt", in_fmt, kUnrotatedFormats);
   const BoxFormat out_format = check_format(op, "out_fmt", out_fmt, kUnrotatedFormats);
   check_boxes(op, boxes, 4);
-  const Tensor out = allocate_boxes(op, boxes);
+  const Tensor out = allocate(op, sizes_of(boxes), boxes.scalar_type(), boxes);
   const Tensor dense = as_contiguous(boxes);
   if (on_gpu(op, boxes)) {
     DETOPS_GPU_ONLY(box_convert_cuda(dense, in_format, out_format, out));
@@ -155,7 +142,7 @@ Tensor box_convert(const Tensor& boxes, int64_t in_fmt, int64_t out_fmt) {
 Tensor clip_boxes_to_image(const Tensor& boxes, double height, double width) {
   const char* const op = "clip_boxes_to_image";
   check_boxes(op, boxes, 4);
-  const Tensor out = allocate_boxes(op, boxes);
+  const Tensor out = allocate(op, sizes_of(boxes), boxes.scalar_type(), boxes);
   const Tensor dense = as_contiguous(boxes);
   if (on_gpu(op, boxes)) {
     DETOPS_GPU_ONLY(clip_boxes_to_image_cuda(dense, height, width, out));

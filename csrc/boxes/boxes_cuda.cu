@@ -10,8 +10,6 @@ namespace {
 
 constexpr int kThreads = 256;
 
-unsigned blocks_for(int64_t count) { return static_cast<unsigned>(ceil_div<int64_t>(count, kThreads)); }
-
 __device__ inline int64_t thread_number() { return int64_t(blockIdx.x) * kThreads + threadIdx.x; }
 
 template <BoxFormat format, class S>
@@ -50,7 +48,8 @@ void box_area_cuda(const Tensor& boxes, BoxFormat format, const Tensor& out) {
   dispatch_floating(boxes.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     dispatch_area_format(format, [&](auto area_format) {
-      DETOPS_LAUNCH((box_area_kernel<decltype(area_format)::value, S>), blocks_for(count), kThreads, 0, scope.stream(),
+      DETOPS_LAUNCH((box_area_kernel<decltype(area_format)::value, S>),
+                    blocks_for("box_area", "boxes", count, kThreads), kThreads, 0, scope.stream(),
                     boxes.const_data_ptr<S>(), count, out.mutable_data_ptr<ComputeType<S>>());
     });
   });
@@ -64,8 +63,9 @@ void box_convert_cuda(const Tensor& boxes, BoxFormat in_format, BoxFormat out_fo
     using S = typename decltype(tag)::type;
     dispatch_unrotated(in_format, [&](auto in) {
       dispatch_unrotated(out_format, [&](auto out_tag) {
-        DETOPS_LAUNCH((box_convert_kernel<decltype(in)::value, decltype(out_tag)::value, S>), blocks_for(count),
-                      kThreads, 0, scope.stream(), boxes.const_data_ptr<S>(), count, out.mutable_data_ptr<S>());
+        DETOPS_LAUNCH((box_convert_kernel<decltype(in)::value, decltype(out_tag)::value, S>),
+                      blocks_for("box_convert", "boxes", count, kThreads), kThreads, 0, scope.stream(),
+                      boxes.const_data_ptr<S>(), count, out.mutable_data_ptr<S>());
       });
     });
   });
@@ -78,9 +78,9 @@ void clip_boxes_to_image_cuda(const Tensor& boxes, double height, double width, 
   dispatch_floating(boxes.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     using T = ComputeType<S>;
-    DETOPS_LAUNCH((clip_boxes_kernel<S>), blocks_for(coordinates), kThreads, 0, scope.stream(),
-                  boxes.const_data_ptr<S>(), coordinates, static_cast<T>(width), static_cast<T>(height),
-                  out.mutable_data_ptr<S>());
+    DETOPS_LAUNCH((clip_boxes_kernel<S>), blocks_for("clip_boxes_to_image", "boxes", coordinates, kThreads), kThreads,
+                  0, scope.stream(), boxes.const_data_ptr<S>(), coordinates, static_cast<T>(width),
+                  static_cast<T>(height), out.mutable_data_ptr<S>());
   });
 }
 
@@ -92,8 +92,9 @@ Tensor remove_small_boxes_cuda(const Tensor& boxes, double min_size) {
   if (count > 0) {
     dispatch_floating(boxes.scalar_type(), [&](auto tag) {
       using S = typename decltype(tag)::type;
-      DETOPS_LAUNCH((large_boxes_kernel<S>), blocks_for(count), kThreads, 0, scope.stream(), boxes.const_data_ptr<S>(),
-                    count, static_cast<ComputeType<S>>(min_size), large.mutable_data_ptr<bool>());
+      DETOPS_LAUNCH((large_boxes_kernel<S>), blocks_for("remove_small_boxes", "boxes", count, kThreads), kThreads, 0,
+                    scope.stream(), boxes.const_data_ptr<S>(), count, static_cast<ComputeType<S>>(min_size),
+                    large.mutable_data_ptr<bool>());
     });
   }
   StableIValue stack[] = {torch::stable::detail::from(large)};

@@ -25,10 +25,6 @@ using PixelBox = Box<int>;
 
 DETOPS_HD PixelBox empty_pixel_box() { return {INT32_MAX, INT32_MAX, -1, -1}; }
 
-DETOPS_HD PixelBox around(const PixelBox& a, const PixelBox& b) {
-  return {min_of(a.x1, b.x1), min_of(a.y1, b.y1), max_of(a.x2, b.x2), max_of(a.y2, b.y2)};
-}
-
 // The result for a mask: zeros where no pixel is set.
 DETOPS_HD void store_pixel_box(const PixelBox& box, float* out) {
   store_box(box.x2 < 0 ? PixelBox{0, 0, 0, 0} : box, out);

@@ -21,13 +21,13 @@ __device__ inline void add_pixels(PixelBox& box, const MaskLayout& layout, int64
   if (bits == 0) return;
   const int first = static_cast<int>(layout.column(byte + (__ffsll(static_cast<long long>(bits)) - 1) / 8));
   const int last = static_cast<int>(layout.column(byte + (63 - __clzll(static_cast<long long>(bits))) / 8));
-  box = around(box, {first, static_cast<int>(row), last, static_cast<int>(row)});
+  box = box_around(box, {first, static_cast<int>(row), last, static_cast<int>(row)});
 }
 
 __device__ inline PixelBox around_warp(PixelBox box) {
   for (int step = kWarpSize / 2; step > 0; step /= 2) {
-    box = around(box, {__shfl_xor_sync(kFullWarp, box.x1, step), __shfl_xor_sync(kFullWarp, box.y1, step),
-                       __shfl_xor_sync(kFullWarp, box.x2, step), __shfl_xor_sync(kFullWarp, box.y2, step)});
+    box = box_around(box, {__shfl_xor_sync(kFullWarp, box.x1, step), __shfl_xor_sync(kFullWarp, box.y1, step),
+                           __shfl_xor_sync(kFullWarp, box.x2, step), __shfl_xor_sync(kFullWarp, box.y2, step)});
   }
   return box;
 }
@@ -64,7 +64,7 @@ __global__ void mask_parts_kernel(const uint8_t* masks, MaskLayout layout, int64
   if (lane == 0) warp_boxes[warp] = box;
   __syncthreads();
   if (threadIdx.x > 0) return;
-  for (int i = 1; i < kWarps; ++i) box = around(box, warp_boxes[i]);
+  for (int i = 1; i < kWarps; ++i) box = box_around(box, warp_boxes[i]);
   if (parts) {
     parts[blockIdx.x] = box;
   } else {
@@ -78,7 +78,7 @@ __global__ void unite_parts_kernel(const PixelBox* parts, int64_t masks, int par
   const int64_t mask = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   if (mask >= masks) return;
   PixelBox box = empty_pixel_box();
-  for (int i = lane; i < parts_per_mask; i += kWarpSize) box = around(box, parts[mask * parts_per_mask + i]);
+  for (int i = lane; i < parts_per_mask; i += kWarpSize) box = box_around(box, parts[mask * parts_per_mask + i]);
   box = around_warp(box);
   if (lane == 0) store_pixel_box(box, boxes + 4 * mask);
 }

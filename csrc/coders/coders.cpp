@@ -187,12 +187,6 @@ void code_rows_backward_cpu(const CoderCall& call, const CoderRows& rows, const 
 
 // ---- Checks
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < tensor.dim(); ++i) sizes.push_back(tensor.size(i));
-  return sizes;
-}
-
 // The map of a tensor [..., columns] whose rows are dense but for leading and trailing dimensions of stride 0; false
 // for any other strides.
 bool find_row_map(const Tensor& tensor, int64_t columns, int64_t row_dims, RowMap& map) {
@@ -276,10 +270,7 @@ CoderRows checked_rows(const CoderCall& call, const Tensor& first, const Tensor&
                    ", got " + shape_text(*strides));
     }
     check_rows(op, "strides", *strides, names.first, first);
-    if (strides->scalar_type() != dtype) {
-      fail(op, std::string("strides must have the dtype of ") + names.second + " (" + dtype_name(dtype) + "), got " +
-                   dtype_name(strides->scalar_type()));
-    }
+    check_same_dtype(op, "strides", *strides, names.second, second);
     check_same_device(op, "strides", *strides, names.first, first);
     RowMap map;
     readable = readable && find_row_map(*strides, 1, strides->dim(), map) && map.repeats == rows.map.repeats &&

@@ -91,7 +91,7 @@ struct EncodeBoxes {
   DETOPS_HD Box<T> forward(const Box<T>& box, const Box<T>& anchor, T) const {
     const CentreSides<T> b = centre_sides(box), a = centre_sides(anchor);
     return {weight_x * (b.cx - a.cx) / a.width, weight_y * (b.cy - a.cy) / a.height,
-            weight_w * logarithm(b.width / a.width), weight_h * logarithm(b.height / a.height)};
+            weight_w * fast_log(b.width / a.width), weight_h * fast_log(b.height / a.height)};
   }
 
   DETOPS_HD void backward(const Box<T>& grad, const Box<T>& box, const Box<T>& anchor, T, Box<T>& of_box,
@@ -119,8 +119,8 @@ struct DecodeBoxes {
   DETOPS_HD Box<T> forward(const Box<T>& deltas, const Box<T>& anchor, T) const {
     const CentreSides<T> a = centre_sides(anchor);
     const T cx = deltas.x1 / weight_x * a.width + a.cx, cy = deltas.y1 / weight_y * a.height + a.cy;
-    const T half_w = T(0.5) * (exponential(at_most(deltas.x2 / weight_w, clip)) * a.width);
-    const T half_h = T(0.5) * (exponential(at_most(deltas.y2 / weight_h, clip)) * a.height);
+    const T half_w = T(0.5) * (fast_exp(at_most(deltas.x2 / weight_w, clip)) * a.width);
+    const T half_h = T(0.5) * (fast_exp(at_most(deltas.y2 / weight_h, clip)) * a.height);
     return {cx - half_w, cy - half_h, cx + half_w, cy + half_h};
   }
 
@@ -129,7 +129,7 @@ struct DecodeBoxes {
                           Box<T>& of_anchor) const {
     const CentreSides<T> a = centre_sides(anchor);
     const T dw = deltas.x2 / weight_w, dh = deltas.y2 / weight_h;
-    const T growth_w = exponential(at_most(dw, clip)), growth_h = exponential(at_most(dh, clip));
+    const T growth_w = fast_exp(at_most(dw, clip)), growth_h = fast_exp(at_most(dh, clip));
     const T of_cx = grad.x1 + grad.x2, of_cy = grad.y1 + grad.y2;
     const T of_growth_w = T(0.5) * (grad.x2 - grad.x1) * growth_w,
             of_growth_h = T(0.5) * (grad.y2 - grad.y1) * growth_h;

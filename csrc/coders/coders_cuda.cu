@@ -72,12 +72,6 @@ __global__ void code_rows_backward_kernel(Coder coder, const A* grad, const S* f
   if (grad_second != nullptr) store_row(of_second, i, grad_second);
 }
 
-unsigned blocks_for(const CoderCall& call, int64_t count) {
-  const int64_t blocks = ceil_div<int64_t>(count, kThreads);
-  if (blocks > INT32_MAX) fail(call.op, "the result must have fewer than 2^39 rows, got " + std::to_string(count));
-  return static_cast<unsigned>(blocks);
-}
-
 // Calls body(coder, tags of the compute type and of the types of the first tensor and of the second).
 template <class Body>
 void dispatch_rows(const CoderCall& call, const CoderRows& rows, const Body& body) {
@@ -91,7 +85,7 @@ void dispatch_rows(const CoderCall& call, const CoderRows& rows, const Body& bod
 
 void code_rows_cuda(const CoderCall& call, const CoderRows& rows, const Tensor& out) {
   const CudaScope scope(rows.first);
-  const unsigned blocks = blocks_for(call, rows.count);
+  const unsigned blocks = blocks_for(call.op, "the rows", rows.count, kThreads);
   dispatch_rows(call, rows, [&](const auto& coder, auto compute, auto first_tag, auto second_tag) {
     using Coder = std::decay_t<decltype(coder)>;
     using T = typename decltype(compute)::type;
@@ -108,7 +102,7 @@ void code_rows_cuda(const CoderCall& call, const CoderRows& rows, const Tensor& 
 void code_rows_backward_cuda(const CoderCall& call, const CoderRows& rows, const Tensor& grad, const Tensor& grad_first,
                              const Tensor* grad_second) {
   const CudaScope scope(rows.first);
-  const unsigned blocks = blocks_for(call, rows.count);
+  const unsigned blocks = blocks_for(call.op, "the rows", rows.count, kThreads);
   dispatch_rows(call, rows, [&](const auto& coder, auto compute, auto first_tag, auto second_tag) {
     using Coder = std::decay_t<decltype(coder)>;
     using T = typename decltype(compute)::type;

@@ -1,77 +1,23 @@
 // decode_dfl: schema, checks, and the CPU kernels.
 #include "coders/decode_dfl.h"
 
-#include <vector>
-
-#include "common/parallel_cpu.h"
+#include "common/softmax_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int kLanes = 32;       // rows that are computed together
 constexpr int64_t kGrain = 256;  // rows that are worth a thread
-
-// A few rows, bin by bin: `values` [bins][kLanes] holds x - max(x) and then its exponential.
-template <class T>
-struct Softmax {
-  T* values;
-  T sum[kLanes], mean[kLanes];  // of the exponentials, and of the bins weighted by them
-};
-
-template <class T>
-DETOPS_CLONES void compute_softmax(int64_t bins, Softmax<T>& softmax) {
-  T max[kLanes], moment[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) max[lane] = softmax.values[lane];
-  for (int64_t bin = 1; bin < bins; ++bin) {
-    const T* const row = softmax.values + bin * kLanes;
-    for (int lane = 0; lane < kLanes; ++lane) max[lane] = max_of(max[lane], row[lane]);
-  }
-  for (int lane = 0; lane < kLanes; ++lane) softmax.sum[lane] = moment[lane] = T(0);
-  for (int64_t bin = 0; bin < bins; ++bin) {
-    T* const row = softmax.values + bin * kLanes;
-    const T number = static_cast<T>(bin);
-#pragma GCC ivdep
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const T e = exp_of_nonpositive(row[lane] - max[lane]);
-      row[lane] = e;
-      softmax.sum[lane] += e;
-      moment[lane] += number * e;
-    }
-  }
-  for (int lane = 0; lane < kLanes; ++lane) softmax.mean[lane] = moment[lane] / softmax.sum[lane];
-}
-
-// Reads `count` neighbouring rows. Lanes without a row hold 0.
-template <class S, class T>
-DETOPS_CLONES void read_rows(const S* first, const BinShape& shape, int64_t count, T* __restrict__ values) {
-  if (shape.inner == 1) {
-    if (count < kLanes) {
-      for (int64_t i = 0; i < shape.bins * kLanes; ++i) values[i] = T(0);
-    }
-    for (int64_t lane = 0; lane < count; ++lane) {
-      const S* const row = first + lane * shape.bins;
-      for (int64_t bin = 0; bin < shape.bins; ++bin) values[bin * kLanes + lane] = static_cast<T>(row[bin]);
-    }
-    return;
-  }
-  for (int64_t bin = 0; bin < shape.bins; ++bin) {
-    const S* const row = first + bin * shape.inner;
-    T* const target = values + bin * kLanes;
-    for (int64_t lane = 0; lane < count; ++lane) target[lane] = static_cast<T>(row[lane]);
-    for (int64_t lane = count; lane < kLanes; ++lane) target[lane] = T(0);
-  }
-}
 
 // Writes scale[lane] * values[bin][lane] * (bin - mean[lane]).
 template <class S, class T>
-DETOPS_CLONES void write_gradients(const Softmax<T>& softmax, const T* scale, const BinShape& shape, int64_t count,
+DETOPS_CLONES void write_gradients(const SoftmaxTile<T>& tile, const T* scale, const BinShape& shape, int64_t count,
                                    S* __restrict__ first) {
   const int64_t bin_step = shape.inner, lane_step = shape.inner == 1 ? shape.bins : 1;
   for (int64_t bin = 0; bin < shape.bins; ++bin) {
     const T number = static_cast<T>(bin);
-    T gradients[kLanes];
-    for (int lane = 0; lane < kLanes; ++lane) {
-      gradients[lane] = scale[lane] * softmax.values[bin * kLanes + lane] * (number - softmax.mean[lane]);
+    T gradients[kSoftmaxRows];
+    for (int lane = 0; lane < kSoftmaxRows; ++lane) {
+      gradients[lane] = scale[lane] * tile.values[bin * kSoftmaxRows + lane] * (number - tile.mean[lane]);
     }
     S* const row = first + bin * bin_step;
     for (int64_t lane = 0; lane < count; ++lane) row[lane * lane_step] = static_cast<S>(gradients[lane]);
@@ -82,7 +28,7 @@ DETOPS_CLONES void write_gradients(const Softmax<T>& softmax, const T* scale, co
 template <class Body>
 void each_tile(const BinShape& shape, int64_t begin, int64_t end, const Body& body) {
   for (int64_t row = begin; row < end;) {
-    int64_t count = min_of<int64_t>(kLanes, end - row), offset = row * shape.bins;
+    int64_t count = min_of<int64_t>(kSoftmaxRows, end - row), offset = row * shape.bins;
     if (shape.inner > 1) {
       const int64_t column = row % shape.inner;
       count = min_of(count, shape.inner - column);
@@ -100,12 +46,11 @@ void decode_dfl_cpu(const Tensor& logits, const BinShape& shape, const Tensor& o
     const S* const data = logits.const_data_ptr<S>();
     S* const result = out.mutable_data_ptr<S>();
     parallel_ranges(shape.rows(), kGrain, [&](int64_t begin, int64_t end) {
-      std::vector<T> values(shape.bins * kLanes);
-      Softmax<T> softmax{values.data(), {}, {}};
+      SoftmaxTile<T> tile(shape.bins);
       each_tile(shape, begin, end, [&](int64_t row, int64_t offset, int64_t count) {
-        read_rows(data + offset, shape, count, softmax.values);
-        compute_softmax(shape.bins, softmax);
-        for (int64_t lane = 0; lane < count; ++lane) result[row + lane] = static_cast<S>(softmax.mean[lane]);
+        read_softmax_rows(data + offset, shape.bins, shape.inner, count, tile.values.data());
+        compute_softmax<true>(shape.bins, tile);
+        for (int64_t lane = 0; lane < count; ++lane) result[row + lane] = static_cast<S>(tile.mean[lane]);
       });
     });
   });
@@ -118,16 +63,15 @@ void decode_dfl_backward_cpu(const Tensor& grad, const Tensor& logits, const Bin
     const S *const data = logits.const_data_ptr<S>(), *const upstream = grad.const_data_ptr<S>();
     S* const result = out.mutable_data_ptr<S>();
     parallel_ranges(shape.rows(), kGrain, [&](int64_t begin, int64_t end) {
-      std::vector<T> values(shape.bins * kLanes);
-      Softmax<T> softmax{values.data(), {}, {}};
-      T scale[kLanes] = {};
+      SoftmaxTile<T> tile(shape.bins);
+      T scale[kSoftmaxRows] = {};
       each_tile(shape, begin, end, [&](int64_t row, int64_t offset, int64_t count) {
-        read_rows(data + offset, shape, count, softmax.values);
-        compute_softmax(shape.bins, softmax);
+        read_softmax_rows(data + offset, shape.bins, shape.inner, count, tile.values.data());
+        compute_softmax<true>(shape.bins, tile);
         for (int64_t lane = 0; lane < count; ++lane) {
-          scale[lane] = static_cast<T>(upstream[row + lane]) / softmax.sum[lane];
+          scale[lane] = static_cast<T>(upstream[row + lane]) / tile.sum[lane];
         }
-        write_gradients(softmax, scale, shape, count, result + offset);
+        write_gradients(tile, scale, shape, count, result + offset);
       });
     });
   });

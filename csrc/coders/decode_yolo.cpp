@@ -174,10 +174,6 @@ void decode_yolo_backward_cpu(const YoloLevels& levels, YoloVersion yolo, Scalar
 
 constexpr const char* kOp = "decode_yolo";
 
-ScalarType compute_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 YoloVersion checked_version(int64_t version) {
   if (version == 3 || version == 5) return static_cast<YoloVersion>(version);
   fail(kOp, "version must be 3 or 5, got " + std::to_string(version));
@@ -216,10 +212,7 @@ YoloLevels checked_levels(const std::vector<Tensor>& raw, const Tensor& anchors,
       fail(kOp, name + " must have shape [B, " + std::to_string(levels.anchors) +
                     " (5 + C), H, W], with B and C of all levels, got " + shape_text(map));
     }
-    if (map.scalar_type() != raw[0].scalar_type()) {
-      fail(kOp, name + " must have the dtype of raw[0] (" + dtype_name(raw[0].scalar_type()) + "), got " +
-                    dtype_name(map.scalar_type()));
-    }
+    check_same_dtype(kOp, name.c_str(), map, "raw[0]", raw[0]);
     check_same_device(kOp, name.c_str(), map, "raw[0]", raw[0]);
     dense.push_back(map.is_contiguous() || is_channels_last(map) ? map : torch::stable::contiguous(map));
     YoloLevel& level = levels.level[i];
@@ -269,9 +262,7 @@ std::tuple<Tensor, Tensor, Tensor> decode_yolo(std::vector<Tensor> raw, const Te
 
 void check_grad(const char* argument, const Tensor& grad, const std::vector<int64_t>& sizes, ScalarType dtype,
                 const Tensor& like) {
-  bool same = grad.dim() == static_cast<int64_t>(sizes.size()) && grad.scalar_type() == dtype;
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = grad.size(static_cast<int64_t>(i)) == sizes[i];
-  if (!same) {
+  if (sizes_of(grad) != sizes || grad.scalar_type() != dtype) {
     fail(kOp, std::string(argument) + " must have the shape and dtype of its result, got " + shape_text(grad) + " of " +
                   dtype_name(grad.scalar_type()));
   }

@@ -87,8 +87,8 @@ template <YoloVersion version, class T>
 DETOPS_HD Box<T> yolo_box(T tx, T ty, T tw, T th, const YoloCell<T>& cell) {
   T cx = yolo_sigmoid(tx), cy = yolo_sigmoid(ty), half_w, half_h;
   if (version == YoloVersion::kV3) {
-    half_w = T(0.5) * (exponential(tw) * cell.width);
-    half_h = T(0.5) * (exponential(th) * cell.height);
+    half_w = T(0.5) * (fast_exp(tw) * cell.width);
+    half_h = T(0.5) * (fast_exp(th) * cell.height);
   } else {
     cx = T(2) * cx - T(0.5);
     cy = T(2) * cy - T(0.5);
@@ -109,8 +109,8 @@ DETOPS_HD Box<T> yolo_box_gradient(T tx, T ty, T tw, T th, const YoloCell<T>& ce
   const T of_cx = (grad.x1 + grad.x2) * scale, of_cy = (grad.y1 + grad.y2) * scale;
   T of_w = (grad.x2 - grad.x1) * cell.width, of_h = (grad.y2 - grad.y1) * cell.height;
   if (version == YoloVersion::kV3) {
-    of_w *= T(0.5) * exponential(tw);
-    of_h *= T(0.5) * exponential(th);
+    of_w *= T(0.5) * fast_exp(tw);
+    of_h *= T(0.5) * fast_exp(th);
   } else {
     const Logistic<T> w = logistic(tw), h = logistic(th);
     of_w *= T(4) * (w.present * w.present) * w.absent;

@@ -95,11 +95,6 @@ __global__ void decode_yolo_backward_kernel(YoloLevels levels, const T* anchors,
   grad[4 * level.channel_step] = static_cast<S>(of_object * (object.present * object.absent));
 }
 
-unsigned checked_blocks(int64_t blocks) {
-  if (blocks > INT32_MAX) fail("decode_yolo", "raw must make at most 2^31 tiles, got " + std::to_string(blocks));
-  return static_cast<unsigned>(blocks);
-}
-
 }  // namespace
 
 void decode_yolo_cuda(const YoloLevels& levels, YoloVersion yolo, ScalarType dtype, const Tensor& anchors,
@@ -108,22 +103,23 @@ void decode_yolo_cuda(const YoloLevels& levels, YoloVersion yolo, ScalarType dty
   dispatch_yolo(dtype, yolo, [&](auto tag, auto version) {
     using S = typename decltype(tag)::type;
     using T = ComputeType<S>;
-    DETOPS_LAUNCH((decode_yolo_kernel<decltype(version)::value, S, T>), checked_blocks(levels.tasks), kThreads, 0,
-                  scope.stream(), levels, anchors.const_data_ptr<T>(), out.boxes.mutable_data_ptr<T>(),
-                  out.objectness.mutable_data_ptr<S>(), out.scores.mutable_data_ptr<S>());
+    DETOPS_LAUNCH((decode_yolo_kernel<decltype(version)::value, S, T>),
+                  blocks_for("decode_yolo", "raw", levels.tasks, 1), kThreads, 0, scope.stream(), levels,
+                  anchors.const_data_ptr<T>(), out.boxes.mutable_data_ptr<T>(), out.objectness.mutable_data_ptr<S>(),
+                  out.scores.mutable_data_ptr<S>());
   });
 }
 
 void decode_yolo_backward_cuda(const YoloLevels& levels, YoloVersion yolo, ScalarType dtype, const Tensor& anchors,
                                const YoloRows& grad) {
   const CudaScope scope(anchors);
-  const int64_t blocks = ceil_div<int64_t>(levels.tasks, kBackwardThreads / kYoloTileCuda);
+  const unsigned blocks = blocks_for("decode_yolo", "raw", levels.tasks, kBackwardThreads / kYoloTileCuda);
   dispatch_yolo(dtype, yolo, [&](auto tag, auto version) {
     using S = typename decltype(tag)::type;
     using T = ComputeType<S>;
-    DETOPS_LAUNCH((decode_yolo_backward_kernel<decltype(version)::value, S, T>), checked_blocks(blocks),
-                  kBackwardThreads, 0, scope.stream(), levels, anchors.const_data_ptr<T>(),
-                  grad.boxes.const_data_ptr<T>(), grad.objectness.const_data_ptr<S>(), grad.scores.const_data_ptr<S>());
+    DETOPS_LAUNCH((decode_yolo_backward_kernel<decltype(version)::value, S, T>), blocks, kBackwardThreads, 0,
+                  scope.stream(), levels, anchors.const_data_ptr<T>(), grad.boxes.const_data_ptr<T>(),
+                  grad.objectness.const_data_ptr<S>(), grad.scores.const_data_ptr<S>());
   });
 }
 

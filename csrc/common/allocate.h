@@ -23,13 +23,11 @@ inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(dtype),
                                device_type, like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
-    std::string shape;
-    for (int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     // Trainers look for the words "CUDA out of memory" to retry with a smaller batch: torch's text has them where that
     // is the reason, and without its text it is the likely one.
     const std::string reason = last_torch_error();
     const char* const likely = like.is_cuda() ? ": CUDA out of memory" : ": out of memory";
-    fail(op, "cannot allocate a " + dtype_name(dtype) + " tensor of shape [" + shape + "]" +
+    fail(op, "cannot allocate a " + dtype_name(dtype) + " tensor of shape " + shape_text(sizes) +
                  (reason.empty() ? likely : reason));
   }
   return Tensor(handle);
@@ -49,6 +47,11 @@ inline Tensor allocate(const char* op, const std::vector<int64_t>& sizes, Scalar
 // The tensor itself where it is contiguous, else a contiguous copy.
 inline Tensor as_contiguous(const Tensor& tensor) {
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+// A contiguous tensor of this dtype.
+inline Tensor as_dense(const Tensor& tensor, ScalarType dtype) {
+  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
 
 // The first `length` rows, sharing memory.

@@ -10,6 +10,7 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include <torch/csrc/stable/device.h>
 #include <torch/csrc/stable/tensor.h>
@@ -56,11 +57,25 @@ inline std::string dtype_name(ScalarType dtype) {
   }
 }
 
-inline std::string shape_text(const Tensor& tensor) {
-  std::string text = "[";
-  for (int64_t i = 0; i < tensor.dim(); ++i) text += (i ? ", " : "") + std::to_string(tensor.size(i));
-  return text + "]";
+// The sizes of the first `dims` dimensions, and then some.
+inline std::vector<int64_t> leading_sizes(const Tensor& tensor, int64_t dims,
+                                          std::initializer_list<int64_t> then = {}) {
+  std::vector<int64_t> sizes;
+  sizes.reserve(dims + then.size());
+  for (int64_t i = 0; i < dims; ++i) sizes.push_back(tensor.size(i));
+  sizes.insert(sizes.end(), then);
+  return sizes;
 }
+
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return leading_sizes(tensor, tensor.dim()); }
+
+inline std::string shape_text(const std::vector<int64_t>& sizes) {
+  std::string text;
+  for (int64_t size : sizes) text += (text.empty() ? "[" : ", ") + std::to_string(size);
+  return (text.empty() ? "[" : text) + "]";
+}
+
+inline std::string shape_text(const Tensor& tensor) { return shape_text(sizes_of(tensor)); }
 
 inline std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "cpu";
@@ -77,6 +92,13 @@ inline void check_shape(const char* op, const char* argument, const Tensor& tens
     ++i;
   }
   if (!same) fail(op, std::string(argument) + " must have shape " + rule + ", got " + shape_text(tensor));
+}
+
+// `meaning` says where the sizes come from: " as boxes1".
+inline void check_sizes(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& sizes,
+                        const std::string& meaning) {
+  if (sizes_of(tensor) == sizes) return;
+  fail(op, std::string(argument) + " must have shape " + shape_text(sizes) + meaning + ", got " + shape_text(tensor));
 }
 
 inline bool is_floating(ScalarType dtype) {
@@ -102,12 +124,37 @@ inline void check_integer(const char* op, const char* argument, const Tensor& te
   }
 }
 
-// `expected` is the device of the argument named `reference`.
+// The dtype in which values of `dtype` are computed: that of ComputeType.
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// `expected` is the argument named `reference`.
+inline void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* reference,
+                             const Tensor& expected) {
+  if (tensor.scalar_type() == expected.scalar_type()) return;
+  fail(op, std::string(argument) + " must have the dtype of " + reference + " (" + dtype_name(expected.scalar_type()) +
+               "), got " + dtype_name(tensor.scalar_type()));
+}
+
 inline void check_same_device(const char* op, const char* argument, const Tensor& tensor, const char* reference,
                               const Tensor& expected) {
   if (tensor.is_cuda() == expected.is_cuda() && tensor.get_device_index() == expected.get_device_index()) return;
   fail(op, std::string(argument) + " must be on the device of " + reference + " (" + device_text(expected) + "), got " +
                device_text(tensor));
+}
+
+// One bool for each of `boxes` [..., 4].
+inline void check_mask(const char* op, const char* argument, const Tensor& mask, const char* reference,
+                       const Tensor& boxes) {
+  if (sizes_of(mask) != leading_sizes(boxes, boxes.dim() - 1)) {
+    fail(op, std::string(argument) + " must have one value per box of " + reference + " (" + shape_text(boxes) +
+                 "), got " + shape_text(mask));
+  }
+  if (mask.scalar_type() != ScalarType::Bool) {
+    fail(op, std::string(argument) + " must be bool, got " + dtype_name(mask.scalar_type()));
+  }
+  check_same_device(op, argument, mask, reference, boxes);
 }
 
 // Row numbers are 32 bits inside the kernels, with room to step past the last one.

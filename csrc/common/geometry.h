@@ -49,6 +49,12 @@ DETOPS_HD T intersection_area(const Box<T>& a, const Box<T>& b) {
   return width * height;
 }
 
+// The smallest box around both.
+template <class T>
+DETOPS_HD Box<T> box_around(const Box<T>& a, const Box<T>& b) {
+  return {min_of(a.x1, b.x1), min_of(a.y1, b.y1), max_of(a.x2, b.x2), max_of(a.y2, b.y2)};
+}
+
 // A quotient a / b that rounds to more than t has a >= t * kSlightlyLess * b in rounded arithmetic too: comparing so
 // first saves most divisions.
 template <class T>

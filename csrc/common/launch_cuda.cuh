@@ -86,6 +86,15 @@ class CudaScope {
 };
 #endif
 
+// The blocks of a launch that handles `items`, `per_block` each. `argument` is what there is too much of, if so.
+inline unsigned blocks_for(const char* op, const char* argument, int64_t items, int64_t per_block) {
+  const int64_t blocks = ceil_div(items, per_block);
+  if (blocks > INT32_MAX) {
+    fail(op, std::string(argument) + " must make at most 2147483647 blocks of threads, got " + std::to_string(blocks));
+  }
+  return static_cast<unsigned>(blocks);
+}
+
 // The dynamic shared memory that a kernel may use on the current device must be raised above 48 KB by hand.
 template <class Kernel>
 void allow_shared_memory(Kernel kernel, size_t bytes) {

@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 
 #include <torch/csrc/stable/ops.h>
 
@@ -20,17 +21,41 @@
 
 namespace DETOPS_NAMESPACE {
 
-// Calls body(begin, end) for consecutive ranges of at least `grain` items, on torch's threads. `body` must not throw:
-// an exception on another thread would lose its text.
+// The first exception of several threads.
+class FirstException {
+ public:
+  template <class Body>
+  void run(const Body& body) noexcept {
+    try {
+      body();
+    } catch (...) {
+      if (!taken_.exchange(true)) exception_ = std::current_exception();
+    }
+  }
+  // Once the threads have met.
+  void rethrow() const {
+    if (exception_) std::rethrow_exception(exception_);
+  }
+
+ private:
+  std::atomic<bool> taken_{false};
+  std::exception_ptr exception_;
+};
+
+// Calls body(begin, end) for consecutive ranges of at least `grain` items, on torch's threads. What `body` throws, as
+// where memory runs out, goes to the caller when all have ended: torch's loop would lose the type and the text.
 template <class Body>
 void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
   if (count <= grain) return body(int64_t(0), count);
-  torch::stable::parallel_for(0, count, grain, body);
+  FirstException exception;
+  torch::stable::parallel_for(0, count, grain,
+                              [&](int64_t begin, int64_t end) { exception.run([&] { body(begin, end); }); });
+  exception.rethrow();
 }
 
 // Calls body(next) once on each of up to `count` threads, where next() hands out the items 0 .. count-1 one by one, and
-// -1 when none is left: for items of unequal cost. `body` must not throw.
+// -1 when none is left: for items of unequal cost. Exceptions as of parallel_ranges; other threads finish their items.
 template <class Body>
 void parallel_items(int64_t count, const Body& body) {
   std::atomic<int64_t> taken{0};

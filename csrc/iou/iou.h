@@ -41,6 +41,27 @@ DETOPS_HD IouBox<T> iou_box(const Box<T>& box) {
   return {box, box_area(box), angle};
 }
 
+// The IoU that decisions are made by, of two boxes and their areas. NaN for 0 / 0.
+template <class T>
+DETOPS_HD T pair_iou(const Box<T>& a, T area_a, const Box<T>& b, T area_b) {
+  const T intersection = intersection_area(a, b);
+  return intersection / (area_a + area_b - intersection);
+}
+
+// False only where pair_iou is at most some `iou`, or NaN; without the division. `quick` is iou * kSlightlyLess.
+template <class T>
+DETOPS_HD bool may_exceed(const Box<T>& a, T area_a, const Box<T>& b, T area_b, T quick) {
+  const T intersection = intersection_area(a, b);
+  return (intersection > T(0)) & (intersection >= quick * (area_a + area_b - intersection));
+}
+
+// The decision on a best match, for boxes that are looked at by rising index: of several equal ones the first stays,
+// and a NaN is never better.
+template <class T>
+DETOPS_HD bool is_better_match(T iou, T best) {
+  return iou > best;
+}
+
 // What a pair has in common: the parts of all formulas.
 template <class T>
 struct IouParts {
@@ -70,12 +91,14 @@ DETOPS_HD T squared(T value) {
   return value * value;
 }
 
-// v of the complete IoU.
+// v of the complete IoU, of the angles atan(width / height) of both boxes, and its derivative by the first angle.
 template <class T>
-DETOPS_HD T shape_difference(const IouBox<T>& a, const IouBox<T>& b) {
+DETOPS_HD T aspect_difference(T angle1, T angle2) {
   constexpr double kFourOverPiSquared = 0.40528473456935109;
-  return T(kFourOverPiSquared) * squared(a.angle - b.angle);
+  return T(kFourOverPiSquared) * squared(angle1 - angle2);
 }
+template <class T>
+constexpr T kAspectSlope = T(0.81056946913870217);  // 8 / pi^2, to be multiplied by the difference of the angles
 
 template <IouKind kind, class T>
 DETOPS_HD T iou_value(const IouBox<T>& a, const IouBox<T>& b, T eps) {
@@ -89,7 +112,7 @@ DETOPS_HD T iou_value(const IouBox<T>& a, const IouBox<T>& b, T eps) {
   const T diagonal = squared(parts.around_width) + squared(parts.around_height) + eps;
   const T distance = parts.iou - (squared(parts.centre_x) + squared(parts.centre_y)) / diagonal;
   if (kind == IouKind::kComplete) {
-    const T shape = shape_difference(a, b);
+    const T shape = aspect_difference(a.angle, b.angle);
     return distance - shape / (T(1) - parts.iou + shape + eps) * shape;
   }
   if (kind == IouKind::kEfficient) {
@@ -111,6 +134,22 @@ struct PairGradient {
 template <class T>
 DETOPS_HD T share_of_greater(T first, T second) {
   return first > second ? T(1) : first == second ? T(0.5) : T(0);
+}
+
+// The gradients along one axis, given those with respect to the sides of the intersection, of both boxes and of the
+// smallest box around them, and to the distance of the centres. A tie of min or max is split equally.
+template <class T>
+struct AxisGradient {
+  T low1, high1, low2, high2;
+};
+template <class T>
+DETOPS_HD AxisGradient<T> axis_gradient(T low1, T high1, T low2, T high2, T of_width, T of_width1, T of_width2,
+                                        T of_around, T of_centre) {
+  const T low = share_of_greater(low1, low2), high = share_of_greater(high1, high2), half = of_centre / 2;
+  return {half - of_width1 - of_width * low - of_around * (1 - low),
+          half + of_width1 + of_width * (1 - high) + of_around * high,
+          -half - of_width2 - of_width * (1 - low) - of_around * low,
+          -half + of_width2 + of_width * high + of_around * (1 - high)};
 }
 
 // grad times the derivative of iou_value.
@@ -153,10 +192,9 @@ DETOPS_HD PairGradient<T> iou_gradient(const IouBox<T>& a, const IouBox<T>& b, T
     of_around_height = of_diagonal * 2 * parts.around_height;
   }
   if (kind == IouKind::kComplete) {
-    constexpr double kEightOverPiSquared = 0.81056946913870217;
-    const T shape = shape_difference(a, b);
+    const T shape = aspect_difference(a.angle, b.angle);
     const T alpha = shape / (T(1) - parts.iou + shape + eps);
-    const T of_angle = -grad * alpha * T(kEightOverPiSquared) * (a.angle - b.angle);
+    const T of_angle = -grad * alpha * kAspectSlope<T> * (a.angle - b.angle);
     const T scale1 = of_angle / (squared(width1) + squared(height1));
     const T scale2 = -of_angle / (squared(width2) + squared(height2));
     of_width1 = scale1 * height1;
@@ -182,17 +220,11 @@ DETOPS_HD PairGradient<T> iou_gradient(const IouBox<T>& a, const IouBox<T>& b, T
   of_height1 += of_area1 * width1;
   of_width2 += of_area2 * height2;
   of_height2 += of_area2 * width2;
-  const T left = share_of_greater(a.box.x1, b.box.x1), right = share_of_greater(a.box.x2, b.box.x2);
-  const T top = share_of_greater(a.box.y1, b.box.y1), bottom = share_of_greater(a.box.y2, b.box.y2);
-  const T half_x = of_centre_x / 2, half_y = of_centre_y / 2;
-  return {{half_x - of_width1 - of_width * left - of_around_width * (1 - left),
-           half_y - of_height1 - of_height * top - of_around_height * (1 - top),
-           half_x + of_width1 + of_width * (1 - right) + of_around_width * right,
-           half_y + of_height1 + of_height * (1 - bottom) + of_around_height * bottom},
-          {-half_x - of_width2 - of_width * (1 - left) - of_around_width * left,
-           -half_y - of_height2 - of_height * (1 - top) - of_around_height * top,
-           -half_x + of_width2 + of_width * right + of_around_width * (1 - right),
-           -half_y + of_height2 + of_height * bottom + of_around_height * (1 - bottom)}};
+  const AxisGradient<T> x = axis_gradient(a.box.x1, a.box.x2, b.box.x1, b.box.x2, of_width, of_width1, of_width2,
+                                          of_around_width, of_centre_x);
+  const AxisGradient<T> y = axis_gradient(a.box.y1, a.box.y2, b.box.y1, b.box.y2, of_height, of_height1, of_height2,
+                                          of_around_height, of_centre_y);
+  return {{x.low1, y.low1, x.high1, y.high1}, {x.low2, y.low2, x.high2, y.high2}};
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -4,7 +4,7 @@
 // registers. Backward: sums over a row by one warp each, sums over a column first within blocks of rows and then over
 // the blocks, always in the same order.
 #include "common/allocate.h"
-#include "common/launch_cuda.cuh"
+#include "common/pack_cuda.cuh"
 #include "iou/iou_ops.h"
 
 namespace DETOPS_NAMESPACE {
@@ -15,20 +15,8 @@ constexpr int kWarps = kThreads / kWarpSize;
 constexpr int kRowsPerWarp = 4;
 constexpr int kTileRows = kWarps * kRowsPerWarp;
 
-// As many values as one 16-byte store takes.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
-  T values[kSize];
-};
 template <class T>
 constexpr int kTileColumns = kWarpSize * Pack<T>::kSize;
-
-inline unsigned blocks_for(const char* op, int64_t items, int64_t per_block) {
-  const int64_t blocks = ceil_div(items, per_block);
-  if (blocks > INT32_MAX) fail(op, "the boxes must make at most 2^31 tiles, got " + std::to_string(blocks));
-  return static_cast<unsigned>(blocks);
-}
 
 // One block per tile of kTileRows x kTileColumns pairs, one warp per row at a time.
 template <IouKind kind, class T>
@@ -47,23 +35,15 @@ __global__ void box_iou_pairs_kernel(const T* boxes1, const T* boxes2, IouShape 
     const int64_t j = min_of(column + i, shape.columns - 1);
     others[i] = iou_box<kind>(load_box<T>(boxes2 + image * shape.stride2 + 4 * j));
   }
-  const bool whole = columns == kSize && shape.columns % kSize == 0;  // then every store is aligned
+  const bool packed = shape.columns % kSize == 0;  // then every store is aligned
   for (int step = 0; step < kRowsPerWarp; ++step) {
     const int64_t row = first_row + step * kWarps;
     if (row >= shape.rows) return;
     const IouBox<T> box = iou_box<kind>(load_box<T>(boxes1 + image * shape.stride1 + 4 * row));
-    Pack<T> pack;
+    T values[kSize];
 #pragma unroll
-    for (int i = 0; i < kSize; ++i) pack.values[i] = iou_value<kind>(box, others[i], eps);
-    T* const target = out + (image * shape.rows + row) * shape.columns + column;
-    if (whole) {
-      *reinterpret_cast<Pack<T>*>(target) = pack;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        if (i < columns) target[i] = pack.values[i];
-      }
-    }
+    for (int i = 0; i < kSize; ++i) values[i] = iou_value<kind>(box, others[i], eps);
+    store_pack(values, columns, packed, out + (image * shape.rows + row) * shape.columns + column);
   }
 }
 
@@ -160,13 +140,13 @@ void box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, IouKind iou_kind, 
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     T* const result = out.mutable_data_ptr<T>();
     if (aligned) {
-      DETOPS_LAUNCH((box_iou_aligned_kernel<kKind, T>), blocks_for(op, shape.rows, kThreads), kThreads, 0,
+      DETOPS_LAUNCH((box_iou_aligned_kernel<kKind, T>), blocks_for(op, "the boxes", shape.rows, kThreads), kThreads, 0,
                     scope.stream(), data1, data2, shape.rows, T(eps), result);
       return;
     }
     const int row_tiles = static_cast<int>(ceil_div<int64_t>(shape.rows, kTileRows));
     const int column_tiles = static_cast<int>(ceil_div<int64_t>(shape.columns, kTileColumns<T>));
-    const unsigned blocks = blocks_for(op, shape.batch * row_tiles * column_tiles, 1);
+    const unsigned blocks = blocks_for(op, "the boxes", shape.batch * row_tiles * column_tiles, 1);
     DETOPS_LAUNCH((box_iou_pairs_kernel<kKind, T>), blocks, kThreads, 0, scope.stream(), data1, data2, shape, row_tiles,
                   column_tiles, T(eps), result);
   });
@@ -185,13 +165,14 @@ void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tenso
     T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
     if (aligned) {
       if (shape.rows == 0) return;
-      DETOPS_LAUNCH((box_iou_aligned_backward_kernel<kKind, T>), blocks_for(op, shape.rows, kThreads), kThreads, 0,
-                    stream, grad_data, data1, data2, shape.rows, T(eps), out1, out2);
+      DETOPS_LAUNCH((box_iou_aligned_backward_kernel<kKind, T>), blocks_for(op, "the boxes", shape.rows, kThreads),
+                    kThreads, 0, stream, grad_data, data1, data2, shape.rows, T(eps), out1, out2);
       return;
     }
     if (shape.batch * shape.rows > 0) {
-      DETOPS_LAUNCH((box_iou_backward_rows_kernel<kKind, T>), blocks_for(op, shape.batch * shape.rows, kWarps),
-                    kThreads, 0, stream, grad_data, data1, data2, shape, T(eps), out1);
+      DETOPS_LAUNCH((box_iou_backward_rows_kernel<kKind, T>),
+                    blocks_for(op, "the boxes", shape.batch * shape.rows, kWarps), kThreads, 0, stream, grad_data,
+                    data1, data2, shape, T(eps), out1);
     }
     if (shape.batch * shape.columns == 0) return;
     const int64_t rows_per_block = max_of<int64_t>(32, ceil_div<int64_t>(shape.rows, 128));
@@ -200,11 +181,11 @@ void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tenso
     const Tensor partial = allocate(op, {sums, 4}, boxes1.scalar_type(), boxes1);
     auto* const partial_data = static_cast<Box<T>*>(partial.mutable_data_ptr());
     if (sums > 0) {
-      DETOPS_LAUNCH((box_iou_backward_columns_kernel<kKind, T>), blocks_for(op, sums, kThreads), kThreads, 0, stream,
-                    grad_data, data1, data2, shape, row_blocks, rows_per_block, T(eps), partial_data);
+      DETOPS_LAUNCH((box_iou_backward_columns_kernel<kKind, T>), blocks_for(op, "the boxes", sums, kThreads), kThreads,
+                    0, stream, grad_data, data1, data2, shape, row_blocks, rows_per_block, T(eps), partial_data);
     }
-    DETOPS_LAUNCH((box_iou_backward_sum_kernel<T>), blocks_for(op, shape.batch * shape.columns, kThreads), kThreads, 0,
-                  stream, partial_data, shape, row_blocks, out2);
+    DETOPS_LAUNCH((box_iou_backward_sum_kernel<T>), blocks_for(op, "the boxes", shape.batch * shape.columns, kThreads),
+                  kThreads, 0, stream, partial_data, shape, row_blocks, out2);
   });
 }
 

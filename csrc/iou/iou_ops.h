@@ -72,26 +72,15 @@ inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tens
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "boxes1 must be float32 or float64, got " + dtype_name(dtype));
   }
-  if (boxes2.scalar_type() != dtype) {
-    fail(op,
-         "boxes2 must have the dtype of boxes1 (" + dtype_name(dtype) + "), got " + dtype_name(boxes2.scalar_type()));
-  }
+  check_same_dtype(op, "boxes2", boxes2, "boxes1", boxes1);
   check_same_device(op, "boxes2", boxes2, "boxes1", boxes1);
   return shape;
 }
 
-// The sizes of `boxes` [..., N, 4] with the last two replaced.
-inline std::vector<int64_t> leading_sizes(const Tensor& boxes, std::initializer_list<int64_t> last) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < boxes.dim() - 2; ++i) sizes.push_back(boxes.size(i));
-  sizes.insert(sizes.end(), last);
-  return sizes;
-}
-
 // The sizes of the result for pairs: [..., N, M], or [...] of aligned boxes [..., 4].
 inline std::vector<int64_t> pair_sizes(const Tensor& boxes1, const IouShape& shape, bool aligned) {
-  if (aligned) return {boxes1.sizes().begin(), boxes1.sizes().end() - 1};
-  return leading_sizes(boxes1, {shape.rows, shape.columns});
+  if (aligned) return leading_sizes(boxes1, boxes1.dim() - 1);
+  return leading_sizes(boxes1, boxes1.dim() - 2, {shape.rows, shape.columns});
 }
 
 // Calls body(TypeTag of float or double, integral constant of the kind).

@@ -27,9 +27,8 @@ DETOPS_CLONES void best_of_lanes(const T (&lanes)[4][kLanes], const Box<T>* boxe
     const int32_t row = rows[j];
     for (int lane = 0; lane < kLanes; ++lane) {
       const Box<T> box{lanes[0][lane], lanes[1][lane], lanes[2][lane], lanes[3][lane]};
-      const T intersection = intersection_area(box, other);
-      const T iou = intersection / (area[lane] + other_area - intersection);
-      const bool better = iou > values[lane];
+      const T iou = pair_iou(box, area[lane], other, other_area);
+      const bool better = is_better_match(iou, values[lane]);
       values[lane] = better ? iou : values[lane];
       indices[lane] = better ? row : indices[lane];
     }
@@ -92,18 +91,12 @@ std::tuple<Tensor, Tensor> max_iou(const Tensor& boxes1, const Tensor& boxes2, c
   shape.stride2 = dense2.stride;
   std::optional<Tensor> dense_valid;
   if (valid.has_value()) {
-    bool same = valid->dim() == boxes2.dim() - 1;
-    for (int64_t i = 0; same && i < valid->dim(); ++i) same = valid->size(i) == boxes2.size(i);
-    if (!same)
-      fail(op, "valid must have one value per box of boxes2 (" + shape_text(boxes2) + "), got " + shape_text(*valid));
-    if (valid->scalar_type() != ScalarType::Bool) {
-      fail(op, "valid must be bool, got " + dtype_name(valid->scalar_type()));
-    }
-    check_same_device(op, "valid", *valid, "boxes1", boxes1);
+    check_mask(op, "valid", *valid, "boxes2", boxes2);
     dense_valid = as_contiguous(*valid);
   }
-  const Tensor values = allocate(op, leading_sizes(boxes1, {shape.rows}), boxes1.scalar_type(), boxes1);
-  const Tensor indices = allocate(op, leading_sizes(boxes1, {shape.rows}), ScalarType::Long, boxes1);
+  const std::vector<int64_t> sizes = leading_sizes(boxes1, boxes1.dim() - 1);
+  const Tensor values = allocate(op, sizes, boxes1.scalar_type(), boxes1);
+  const Tensor indices = allocate(op, sizes, ScalarType::Long, boxes1);
   if (values.numel() == 0) return {values, indices};
   if (on_gpu(op, boxes1)) {
     DETOPS_GPU_ONLY(

@@ -32,11 +32,9 @@ __global__ void max_iou_kernel(const T* boxes1, const T* boxes2, const bool* val
     for (int j = 0; j < count; ++j) {
       if (!usable[j]) continue;
       if (best_index < 0) best_index = static_cast<int>(first) + j;
-      const T intersection = intersection_area(box, others[j]);
-      const T union_area = area + areas[j] - intersection;
-      if (!(intersection > T(0)) || !(intersection >= quick * union_area)) continue;
-      const T iou = intersection / union_area;
-      if (iou > best) {
+      if (!may_exceed(box, area, others[j], areas[j], quick)) continue;
+      const T iou = pair_iou(box, area, others[j], areas[j]);
+      if (is_better_match(iou, best)) {
         best = iou;
         quick = iou * kSlightlyLess<T>;
         best_index = static_cast<int>(first) + j;
@@ -57,10 +55,9 @@ void max_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, const Tensor* vali
   dispatch_compute_type(boxes1.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const int row_blocks = static_cast<int>(ceil_div<int64_t>(shape.rows, kThreads));
-    const int64_t blocks = shape.batch * row_blocks;
-    if (blocks > INT32_MAX) fail("max_iou", "boxes1 must have fewer rows in all, got " + std::to_string(shape.rows));
-    DETOPS_LAUNCH((max_iou_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, scope.stream(),
-                  boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(),
+    const unsigned blocks = blocks_for("max_iou", "boxes1", shape.batch * row_blocks, 1);
+    DETOPS_LAUNCH((max_iou_kernel<T>), blocks, kThreads, 0, scope.stream(), boxes1.const_data_ptr<T>(),
+                  boxes2.const_data_ptr<T>(),
                   valid != nullptr ? static_cast<const bool*>(valid->const_data_ptr()) : nullptr, shape, row_blocks,
                   values.mutable_data_ptr<T>(), indices.mutable_data_ptr<int64_t>());
   });

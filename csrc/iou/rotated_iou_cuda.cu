@@ -28,13 +28,11 @@ void rotated_box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, bool align
                           const Tensor& out) {
   const CudaScope scope(boxes1);
   const int64_t pairs = out.numel();
-  const int64_t blocks = ceil_div<int64_t>(pairs, kThreads);
-  if (blocks > INT32_MAX) fail("box_iou", "the boxes must make at most 2^38 pairs, got " + std::to_string(pairs));
+  const unsigned blocks = blocks_for("box_iou", "the boxes", pairs, kThreads);
   dispatch_compute_type(boxes1.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
-    DETOPS_LAUNCH((rotated_box_iou_kernel<T>), static_cast<unsigned>(blocks), kThreads, 0, scope.stream(),
-                  boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(), aligned, shape, pairs,
-                  out.mutable_data_ptr<T>());
+    DETOPS_LAUNCH((rotated_box_iou_kernel<T>), blocks, kThreads, 0, scope.stream(), boxes1.const_data_ptr<T>(),
+                  boxes2.const_data_ptr<T>(), aligned, shape, pairs, out.mutable_data_ptr<T>());
   });
 }
 

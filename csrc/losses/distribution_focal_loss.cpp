@@ -1,94 +1,47 @@
 // distribution_focal_loss: schema, checks, and the CPU kernels.
 #include "losses/distribution_focal_loss.h"
 
+#include "common/softmax_cpu.h"
 #include "losses/loss_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int kLanes = 16;  // rows that are computed together
-
-// A few rows, bin by bin: `values` [bins][kLanes] holds x - max(x) and then its exponential.
-template <class T>
-struct SoftmaxTile {
-  T* values;
-  T max[kLanes], sum[kLanes];
-};
-
-// Reads `rows` rows. Lanes without a row repeat the last one.
 template <class S, class T>
-void load_rows(const S* inputs, int64_t rows, int64_t bins, SoftmaxTile<T>& tile) {
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const S* const row = inputs + min_of(lane, rows - 1) * bins;
-    for (int64_t bin = 0; bin < bins; ++bin) tile.values[bin * kLanes + lane] = static_cast<T>(row[bin]);
-  }
-}
-
-template <class T>
-DETOPS_CLONES void subtract_max(int64_t bins, SoftmaxTile<T>& tile) {
-  for (int lane = 0; lane < kLanes; ++lane) tile.max[lane] = tile.values[lane];
-  for (int64_t bin = 1; bin < bins; ++bin) {
-    for (int lane = 0; lane < kLanes; ++lane) tile.max[lane] = max_of(tile.max[lane], tile.values[bin * kLanes + lane]);
-  }
-  for (int64_t bin = 0; bin < bins; ++bin) {
-    for (int lane = 0; lane < kLanes; ++lane) tile.values[bin * kLanes + lane] -= tile.max[lane];
-  }
-}
-
-template <class T>
-DETOPS_CLONES void exponentiate(int64_t bins, SoftmaxTile<T>& tile) {
-  for (int lane = 0; lane < kLanes; ++lane) tile.sum[lane] = T(0);
-  for (int64_t bin = 0; bin < bins; ++bin) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      T& value = tile.values[bin * kLanes + lane];
-      value = exp_of_nonpositive(value);
-      tile.sum[lane] += value;
-    }
-  }
-}
-
-template <class S>
-void loss_rows(const S* inputs, const ComputeType<S>* targets, int64_t rows, int64_t bins,
-               SoftmaxTile<ComputeType<S>>& tile, ComputeType<S>* losses) {
-  using T = ComputeType<S>;
-  load_rows(inputs, rows, bins, tile);
-  subtract_max(bins, tile);
-  T target[kLanes];
+void loss_rows(const S* inputs, const T* targets, int64_t rows, int64_t bins, SoftmaxTile<T>& tile, T* losses) {
+  read_softmax_rows(inputs, bins, 1, rows, tile.values.data());
+  compute_softmax<false>(bins, tile);
   for (int64_t lane = 0; lane < rows; ++lane) {
     const BinPair<T> pair = bins_around(targets[lane], bins);
-    const T* const left = tile.values + pair.left * kLanes + lane;
-    target[lane] = pair.left_weight * left[0] + pair.right_weight * left[kLanes];
+    const S* const left = inputs + lane * bins + pair.left;
+    const T target = pair.left_weight * (static_cast<T>(left[0]) - tile.max[lane]) +
+                     pair.right_weight * (static_cast<T>(left[1]) - tile.max[lane]);
+    losses[lane] = math::log(tile.sum[lane]) - target;
   }
-  exponentiate(bins, tile);
-  for (int64_t lane = 0; lane < rows; ++lane) losses[lane] = math::log(tile.sum[lane]) - target[lane];
 }
 
-template <class S>
-void gradient_rows(const S* inputs, const ComputeType<S>* targets, int64_t rows, int64_t bins,
-                   const UpstreamValues<S>& grad, int64_t first, SoftmaxTile<ComputeType<S>>& tile, S* out) {
-  using T = ComputeType<S>;
-  load_rows(inputs, rows, bins, tile);
-  subtract_max(bins, tile);
-  exponentiate(bins, tile);
+template <class S, class T>
+void gradient_rows(const S* inputs, const T* targets, int64_t rows, int64_t bins, const UpstreamView<S>& grad,
+                   int64_t first, SoftmaxTile<T>& tile, S* out) {
+  read_softmax_rows(inputs, bins, 1, rows, tile.values.data());
+  compute_softmax<false>(bins, tile);
   for (int64_t lane = 0; lane < rows; ++lane) {
     const T upstream = grad.at(first + lane), scale = upstream / tile.sum[lane];
+    const T* const values = tile.values.data() + lane;
     S* const row = out + lane * bins;
+    for (int64_t bin = 0; bin < bins; ++bin) row[bin] = static_cast<S>(values[bin * kSoftmaxRows] * scale);
     const BinPair<T> pair = bins_around(targets[lane], bins);
-    T* const left = tile.values + pair.left * kLanes + lane;
-    const T target_left = left[0] * scale - upstream * pair.left_weight;
-    const T target_right = left[kLanes] * scale - upstream * pair.right_weight;
-    for (int64_t bin = 0; bin < bins; ++bin) row[bin] = static_cast<S>(tile.values[bin * kLanes + lane] * scale);
-    row[pair.left] = static_cast<S>(target_left);
-    row[pair.left + 1] = static_cast<S>(target_right);
+    const T* const left = values + pair.left * kSoftmaxRows;
+    row[pair.left] = static_cast<S>(left[0] * scale - upstream * pair.left_weight);
+    row[pair.left + 1] = static_cast<S>(left[kSoftmaxRows] * scale - upstream * pair.right_weight);
   }
 }
 
 // Calls body(first row, rows, tile) for [begin, end).
 template <class T, class Body>
 void each_tile(int64_t begin, int64_t end, int64_t bins, const Body& body) {
-  std::vector<T> values(bins * kLanes);
-  SoftmaxTile<T> tile{values.data(), {}, {}};
-  for (int64_t row = begin; row < end; row += kLanes) body(row, min_of<int64_t>(kLanes, end - row), tile);
+  SoftmaxTile<T> tile(bins);
+  for (int64_t row = begin; row < end; row += kSoftmaxRows) body(row, min_of<int64_t>(kSoftmaxRows, end - row), tile);
 }
 
 void distribution_focal_loss_cpu(const Tensor& inputs, const Tensor& targets, Reduction reduction, const Tensor& out) {
@@ -115,7 +68,7 @@ void distribution_focal_loss_backward_cpu(const Upstream& upstream, const Tensor
     using T = ComputeType<S>;
     const S* const input_data = inputs.const_data_ptr<S>();
     const T* const target_data = targets.const_data_ptr<T>();
-    const UpstreamValues<S> grad(upstream);
+    const UpstreamView<S> grad(upstream);
     S* const result = out.mutable_data_ptr<S>();
     parallel_ranges(targets.numel(), kLossBlock, [&](int64_t begin, int64_t end) {
       each_tile<T>(begin, end, bins, [&](int64_t row, int64_t rows, SoftmaxTile<T>& tile) {
@@ -156,7 +109,7 @@ constexpr const char* kOp = "distribution_focal_loss";
 Tensor distribution_focal_loss(const Tensor& inputs, const Tensor& targets, int64_t reduction_number) {
   const Reduction reduction = checked_reduction(kOp, reduction_number);
   const Tensor dense_targets = checked_targets(kOp, inputs, targets);
-  const Tensor out = allocate_loss(kOp, leading_sizes(targets, targets.dim()), reduction, inputs.scalar_type(), inputs);
+  const Tensor out = allocate_loss(kOp, sizes_of(targets), reduction, inputs.scalar_type(), inputs);
   if (out.numel() == 0) return out;
   if (on_gpu(kOp, inputs)) {
     DETOPS_GPU_ONLY(distribution_focal_loss_cuda(as_contiguous(inputs), dense_targets, reduction, out));
@@ -170,9 +123,8 @@ Tensor distribution_focal_loss_backward(const Tensor& grad, const Tensor& inputs
                                         int64_t reduction_number) {
   const Reduction reduction = checked_reduction(kOp, reduction_number);
   const Tensor dense_targets = checked_targets(kOp, inputs, targets);
-  const Upstream upstream =
-      checked_upstream(kOp, grad, leading_sizes(targets, targets.dim()), reduction, inputs.scalar_type(), inputs);
-  const Tensor out = allocate(kOp, leading_sizes(inputs, inputs.dim()), inputs.scalar_type(), inputs);
+  const Upstream upstream = checked_upstream(kOp, grad, sizes_of(targets), reduction, inputs.scalar_type(), inputs);
+  const Tensor out = allocate(kOp, sizes_of(inputs), inputs.scalar_type(), inputs);
   if (out.numel() == 0) return out;
   if (on_gpu(kOp, inputs)) {
     DETOPS_GPU_ONLY(distribution_focal_loss_backward_cuda(upstream, as_contiguous(inputs), dense_targets, out));

@@ -91,7 +91,7 @@ void focal_loss_backward_cpu(const Upstream& upstream, const FocalTensors& tenso
     const auto options = focal_options<T>(focal_kind, alpha, exponent);
     const S* const inputs = tensors.inputs.const_data_ptr<S>();
     const FocalTargets<S> targets(tensors);
-    const UpstreamValues<S> grad(upstream);
+    const UpstreamView<S> grad(upstream);
     S* const result = out.mutable_data_ptr<S>();
     dispatch_focal(focal_kind, [&](auto kind) {
       const auto gradients =
@@ -123,7 +123,7 @@ FocalTensors checked_tensors(const char* op, FocalKind kind, const Tensor& input
   check_same_device(op, "targets", targets, "inputs", inputs);
   const bool dense = is_floating(targets.scalar_type());
   if (dense && kind != FocalKind::kQuality) {
-    check_sizes(op, "targets", targets, leading_sizes(inputs, inputs.dim()), " as inputs");
+    check_sizes(op, "targets", targets, sizes_of(inputs), " as inputs");
     check_same_dtype(op, "targets", targets, "inputs", inputs);
     return {as_contiguous(inputs), as_contiguous(targets), Tensor(), 0};
   }
@@ -157,7 +157,7 @@ Tensor focal_loss(const Tensor& inputs, const Tensor& targets, const std::option
   const FocalKind kind = static_cast<FocalKind>(kind_number);
   const Reduction reduction = checked_reduction(op, reduction_number);
   const FocalTensors tensors = checked_tensors(op, kind, inputs, targets, scores);
-  const Tensor out = allocate_loss(op, leading_sizes(inputs, inputs.dim()), reduction, inputs.scalar_type(), inputs);
+  const Tensor out = allocate_loss(op, sizes_of(inputs), reduction, inputs.scalar_type(), inputs);
   if (out.numel() == 0) return out;
   if (on_gpu(op, inputs)) {
     DETOPS_GPU_ONLY(focal_loss_cuda(tensors, kind, alpha, exponent, reduction, out));
@@ -174,7 +174,7 @@ Tensor focal_loss_backward(const Tensor& grad, const Tensor& inputs, const Tenso
   const FocalKind kind = static_cast<FocalKind>(kind_number);
   const Reduction reduction = checked_reduction(op, reduction_number);
   const FocalTensors tensors = checked_tensors(op, kind, inputs, targets, scores);
-  const std::vector<int64_t> sizes = leading_sizes(inputs, inputs.dim());
+  const std::vector<int64_t> sizes = sizes_of(inputs);
   const Upstream upstream = checked_upstream(op, grad, sizes, reduction, inputs.scalar_type(), inputs);
   const Tensor out = allocate(op, sizes, inputs.scalar_type(), inputs);
   if (inputs.numel() == 0) return out;

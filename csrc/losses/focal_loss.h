@@ -2,8 +2,9 @@
 // gradients, written once for both devices.
 //
 // Ops and shapes.
-//   focal_loss           inputs [..., C], targets [..., C] or classes [...], scores [...] -> losses [..., C] or a
-//   scalar focal_loss_backward  its gradient with respect to inputs
+//   focal_loss           inputs [..., C], targets [..., C] or classes [...], scores [...]
+//                        -> losses [..., C] or a scalar
+//   focal_loss_backward  its gradient with respect to inputs
 //
 // With the logit x, p = sigmoid(x), the target t in [0, 1] and the cross-entropy
 //   ce = -t log(p) - (1 - t) log(1 - p) = (1 - t) max(x, 0) + t max(-x, 0) + log(1 + exp(-|x|)):
@@ -16,8 +17,8 @@
 // for a row that is ignored: its losses and gradients are 0.
 #pragma once
 
-#include "common/math.h"
 #include "common/logistic.h"
+#include "common/math.h"
 #include "losses/loss.h"
 
 namespace DETOPS_NAMESPACE {
@@ -48,7 +49,7 @@ template <bool square, class T>
 DETOPS_HD FocalWeight<T> focal_power(T scale, T base, T slope, T exponent) {
   if (square) return {scale * (base * base), scale * 2 * base * slope};
   base = max_of(kSmallestNormal<T>, base);
-  const T power = scale * math::exp(exponent * math::log(base));
+  const T power = scale * fast_pow(base, exponent);
   return {power, power * exponent * (slope / base)};
 }
 

@@ -153,11 +153,11 @@ void focal_loss_backward_cuda(const Upstream& upstream, const FocalTensors& tens
   dispatch_floating(tensors.inputs.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
     const auto options = focal_options<ComputeType<S>>(focal_kind, alpha, exponent);
-    const int64_t blocks = ceil_div<int64_t>(count, kLossThreads * kLossSteps * Pack<S>::kSize);
+    const unsigned blocks = blocks_for("focal_loss", "the inputs", count, kLossThreads * kLossSteps * Pack<S>::kSize);
     dispatch_targets<S>(tensors, focal_kind, [&](auto kind, auto targets) {
-      DETOPS_LAUNCH((focal_loss_backward_kernel<decltype(kind)::value, S, decltype(targets)>),
-                    static_cast<unsigned>(blocks), kLossThreads, 0, scope.stream(), UpstreamView<S>(upstream),
-                    tensors.inputs.const_data_ptr<S>(), targets, count, options, packed, out.mutable_data_ptr<S>());
+      DETOPS_LAUNCH((focal_loss_backward_kernel<decltype(kind)::value, S, decltype(targets)>), blocks, kLossThreads, 0,
+                    scope.stream(), UpstreamView<S>(upstream), tensors.inputs.const_data_ptr<S>(), targets, count,
+                    options, packed, out.mutable_data_ptr<S>());
     });
   });
 }

@@ -17,7 +17,7 @@ DETOPS_CLONES void iou_loss_values(const T* boxes1, const T* boxes2, int64_t cou
 }
 
 template <IouLossKind kind, class T>
-DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamValues<T>& grad, int64_t begin,
+DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamView<T>& grad, int64_t begin,
                                       int64_t end, T eps, T* __restrict__ grad1, T* __restrict__ grad2) {
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
@@ -46,7 +46,7 @@ void iou_loss_backward_cpu(const Upstream& upstream, const Tensor& boxes1, const
     using T = typename decltype(tag)::type;
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
-    const UpstreamValues<T> grad(upstream);
+    const UpstreamView<T> grad(upstream);
     parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
       iou_loss_gradients<kind.value>(data1, data2, grad, begin, end, T(eps), out1, out2);
     });
@@ -65,7 +65,7 @@ std::vector<int64_t> checked_pairs(const char* op, const Tensor& boxes1, const T
   if (boxes1.dim() == 0 || boxes1.size(boxes1.dim() - 1) != 4) {
     fail(op, "boxes1 must have shape [..., 4], got " + shape_text(boxes1));
   }
-  check_sizes(op, "boxes2", boxes2, leading_sizes(boxes1, boxes1.dim()), " as boxes1");
+  check_sizes(op, "boxes2", boxes2, sizes_of(boxes1), " as boxes1");
   const ScalarType dtype = boxes1.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "boxes1 must be float32 or float64, got " + dtype_name(dtype));
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> iou_loss_backward(const Tensor& grad, const Tensor& b
   const Reduction reduction = checked_reduction(op, reduction_number);
   const std::vector<int64_t> sizes = checked_pairs(op, boxes1, boxes2);
   const Upstream upstream = checked_upstream(op, grad, sizes, reduction, boxes1.scalar_type(), boxes1);
-  const std::vector<int64_t> shape = leading_sizes(boxes1, boxes1.dim());
+  const std::vector<int64_t> shape = sizes_of(boxes1);
   const Tensor grad1 = allocate(op, shape, boxes1.scalar_type(), boxes1);
   const Tensor grad2 = allocate(op, shape, boxes1.scalar_type(), boxes1);
   if (boxes1.numel() == 0) return {grad1, grad2};

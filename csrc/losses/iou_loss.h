@@ -102,10 +102,9 @@ struct AspectTerm {
 };
 template <class T>
 DETOPS_HD AspectTerm<T> aspect_term(const LossParts<T>& parts, T eps) {
-  constexpr double kFourOverPiSquared = 0.40528473456935109;
-  const T difference = math::atan(parts.width1 / parts.height1) - math::atan(parts.width2 / parts.height2);
-  const T v = T(kFourOverPiSquared) * squared(difference);
-  return {difference, v, v / (1 - parts.iou + v + eps)};
+  const T angle1 = math::atan(parts.width1 / parts.height1), angle2 = math::atan(parts.width2 / parts.height2);
+  const T v = aspect_difference(angle1, angle2);
+  return {angle1 - angle2, v, v / (1 - parts.iou + v + eps)};
 }
 
 template <IouLossKind kind, class T>
@@ -196,9 +195,8 @@ DETOPS_HD PartGradients<T> part_gradients(const LossParts<T>& parts, T eps) {
   gradients.of_around_width = -2 * distance / diagonal * parts.around_width;
   gradients.of_around_height = -2 * distance / diagonal * parts.around_height;
   if (kind == IouLossKind::kComplete) {
-    constexpr double kEightOverPiSquared = 0.81056946913870217;
     const AspectTerm<T> aspect = aspect_term(parts, eps);
-    const T of_angle = aspect.alpha * T(kEightOverPiSquared) * aspect.angle_difference;
+    const T of_angle = aspect.alpha * kAspectSlope<T> * aspect.angle_difference;
     const T scale1 = of_angle / (squared(parts.width1) + squared(parts.height1));
     const T scale2 = -of_angle / (squared(parts.width2) + squared(parts.height2));
     gradients.of_width1 = scale1 * parts.height1;
@@ -217,21 +215,6 @@ DETOPS_HD PartGradients<T> part_gradients(const LossParts<T>& parts, T eps) {
     gradients.of_around_height -= 2 * squared(y_term) * parts.around_height;
   }
   return gradients;
-}
-
-// The gradients along one axis, of which `of_width` belongs to the intersection. A tie of min or max is split equally.
-template <class T>
-struct AxisGradient {
-  T low1, high1, low2, high2;
-};
-template <class T>
-DETOPS_HD AxisGradient<T> axis_gradient(T low1, T high1, T low2, T high2, T of_width, T of_width1, T of_width2,
-                                        T of_around, T of_centre) {
-  const T low = share_of_greater(low1, low2), high = share_of_greater(high1, high2), half = of_centre / 2;
-  return {half - of_width1 - of_width * low - of_around * (1 - low),
-          half + of_width1 + of_width * (1 - high) + of_around * high,
-          -half - of_width2 - of_width * (1 - low) - of_around * low,
-          -half + of_width2 + of_width * high + of_around * (1 - high)};
 }
 
 // grad times the derivative of iou_loss_value.

@@ -70,7 +70,7 @@ void iou_loss_backward_cuda(const Upstream& upstream, const Tensor& boxes1, cons
                             double eps, const Tensor& grad1, const Tensor& grad2) {
   const CudaScope scope(boxes1);
   const int64_t count = boxes1.numel() / 4;
-  const unsigned blocks = static_cast<unsigned>(ceil_div<int64_t>(count, kLossThreads));
+  const unsigned blocks = blocks_for("iou_loss", "the inputs", count, kLossThreads);
   dispatch_iou_loss(boxes1.scalar_type(), loss_kind, [&](auto tag, auto kind) {
     using T = typename decltype(tag)::type;
     DETOPS_LAUNCH((iou_loss_backward_kernel<decltype(kind)::value, T>), blocks, kLossThreads, 0, scope.stream(),

@@ -15,38 +15,6 @@ inline Reduction checked_reduction(const char* op, int64_t number) {
   return static_cast<Reduction>(number);
 }
 
-// The sizes of the first `dims` dimensions.
-inline std::vector<int64_t> leading_sizes(const Tensor& tensor, int64_t dims) {
-  std::vector<int64_t> sizes;
-  for (int64_t i = 0; i < dims; ++i) sizes.push_back(tensor.size(i));
-  return sizes;
-}
-
-inline void check_sizes(const char* op, const char* argument, const Tensor& tensor, const std::vector<int64_t>& sizes,
-                        const std::string& meaning) {
-  if (leading_sizes(tensor, tensor.dim()) == sizes) return;
-  std::string text;
-  for (int64_t size : sizes) text += (text.empty() ? "" : ", ") + std::to_string(size);
-  fail(op, std::string(argument) + " must have shape [" + text + "]" + meaning + ", got " + shape_text(tensor));
-}
-
-inline void check_same_dtype(const char* op, const char* argument, const Tensor& tensor, const char* reference,
-                             const Tensor& expected) {
-  if (tensor.scalar_type() == expected.scalar_type()) return;
-  fail(op, std::string(argument) + " must have the dtype of " + reference + " (" + dtype_name(expected.scalar_type()) +
-               "), got " + dtype_name(tensor.scalar_type()));
-}
-
-// A contiguous tensor of this dtype.
-inline Tensor as_dense(const Tensor& tensor, ScalarType dtype) {
-  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
-}
-
-// The dtype in which values of `dtype` are computed.
-inline ScalarType compute_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 // Losses of `sizes` elements, or their sum or mean.
 inline Tensor allocate_loss(const char* op, const std::vector<int64_t>& sizes, Reduction reduction, ScalarType dtype,
                             const Tensor& like) {
@@ -63,6 +31,20 @@ struct Upstream {
   Tensor grad;
   int64_t step;
   double factor;
+};
+
+// The same, as loops and kernels read it.
+template <class S>
+struct UpstreamView {
+  using T = ComputeType<S>;
+  const S* grad;
+  int64_t step;
+  T factor;
+
+  explicit UpstreamView(const Upstream& upstream)
+      : grad(upstream.grad.const_data_ptr<S>()), step(upstream.step), factor(static_cast<T>(upstream.factor)) {}
+
+  DETOPS_HD T at(int64_t i) const { return static_cast<T>(grad[i * step]) * factor; }
 };
 
 inline Upstream checked_upstream(const char* op, const Tensor& grad, const std::vector<int64_t>& sizes,

@@ -64,23 +64,9 @@ void write_losses(int64_t count, Reduction reduction, S* out, const Fill& fill) 
   *out = static_cast<S>(static_cast<T>(total / divisor(reduction, count)));
 }
 
-// The gradient that comes in, for CPU loops.
-template <class S>
-struct UpstreamValues {
-  using T = ComputeType<S>;
-  const S* grad;
-  int64_t step;
-  T factor;
-
-  explicit UpstreamValues(const Upstream& upstream)
-      : grad(upstream.grad.const_data_ptr<S>()), step(upstream.step), factor(static_cast<T>(upstream.factor)) {}
-
-  DETOPS_HD T at(int64_t i) const { return static_cast<T>(grad[i * step]) * factor; }
-};
-
 // out[i] = slopes[i - begin] * grad of loss i, for i in [begin, end).
 template <class S>
-DETOPS_CLONES void multiply(const ComputeType<S>* slopes, const UpstreamValues<S>& grad, int64_t begin, int64_t end,
+DETOPS_CLONES void multiply(const ComputeType<S>* slopes, const UpstreamView<S>& grad, int64_t begin, int64_t end,
                             S* __restrict__ out) {
   using T = ComputeType<S>;
   if (grad.step == 0) {

@@ -168,8 +168,8 @@ DetrInputs check_inputs(const char* op, const Tensor& logits, const Tensor& boxe
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "logits must be float32 or float64, got " + dtype_name(dtype));
   }
-  check_dtype_of(op, "boxes", boxes, "logits", logits);
-  check_dtype_of(op, "gt_boxes", gt_boxes, "logits", logits);
+  check_same_dtype(op, "boxes", boxes, "logits", logits);
+  check_same_dtype(op, "gt_boxes", gt_boxes, "logits", logits);
   if (gt_labels.scalar_type() != ScalarType::Long) {
     fail(op, "gt_labels must be int64, got " + dtype_name(gt_labels.scalar_type()));
   }

@@ -24,22 +24,8 @@ inline const bool* bool_data(const std::optional<Tensor>& tensor) {
 inline std::optional<Tensor> check_valid(const char* op, const char* argument, const std::optional<Tensor>& valid,
                                          const char* boxes_argument, const Tensor& boxes) {
   if (!valid.has_value()) return std::nullopt;
-  if (valid->dim() != 2 || valid->size(0) != boxes.size(0) || valid->size(1) != boxes.size(1)) {
-    fail(op, std::string(argument) + " must have one value per box of " + boxes_argument + " (" + shape_text(boxes) +
-                 "), got " + shape_text(*valid));
-  }
-  if (valid->scalar_type() != ScalarType::Bool) {
-    fail(op, std::string(argument) + " must be bool, got " + dtype_name(valid->scalar_type()));
-  }
-  check_same_device(op, argument, *valid, boxes_argument, boxes);
+  check_mask(op, argument, *valid, boxes_argument, boxes);
   return as_contiguous(*valid);
-}
-
-inline void check_dtype_of(const char* op, const char* argument, const Tensor& tensor, const char* reference,
-                           const Tensor& expected) {
-  if (tensor.scalar_type() == expected.scalar_type()) return;
-  fail(op, std::string(argument) + " must have the dtype of " + reference + " (" + dtype_name(expected.scalar_type()) +
-               "), got " + dtype_name(tensor.scalar_type()));
 }
 
 // Half and integer boxes were made float32 by the caller.
@@ -58,7 +44,7 @@ inline MatchInputs check_match_inputs(const char* op, const Tensor& anchors, con
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "anchors must be float32 or float64, got " + dtype_name(dtype));
   }
-  check_dtype_of(op, "gt_boxes", gt_boxes, "anchors", anchors);
+  check_same_dtype(op, "gt_boxes", gt_boxes, "anchors", anchors);
   check_same_device(op, "gt_boxes", gt_boxes, "anchors", anchors);
   const int64_t anchor_count = anchors.size(anchors.dim() - 2), gts = gt_boxes.size(1);
   check_row_count(op, "anchors", anchor_count);
@@ -75,7 +61,7 @@ inline MatchInputs check_match_inputs(const char* op, const Tensor& anchors, con
                      shared ? 0 : 4 * anchor_count};
   if (!ignore_boxes.has_value()) return inputs;
   check_shape(op, "ignore_boxes", *ignore_boxes, "[B, I, 4] with the B of gt_boxes", {images, -1, 4});
-  check_dtype_of(op, "ignore_boxes", *ignore_boxes, "anchors", anchors);
+  check_same_dtype(op, "ignore_boxes", *ignore_boxes, "anchors", anchors);
   check_same_device(op, "ignore_boxes", *ignore_boxes, "anchors", anchors);
   inputs.regions = ignore_boxes->size(1);
   check_row_count(op, "ignore_boxes", inputs.regions);

@@ -139,7 +139,7 @@ DETOPS_CLONES void match_chunk(const Chunk<T>& chunk, const BoxList<T>& gts, int
       for (int lane = 0; lane < kLanes; ++lane) {
         const Box<T> anchor{lanes[0][lane], lanes[1][lane], lanes[2][lane], lanes[3][lane]};
         iou[lane] = match_iou(anchor, area[lane], gt, gt_area);
-        const bool better = iou[lane] > best[lane];
+        const bool better = is_better_match(iou[lane], best[lane]);
         best[lane] = better ? iou[lane] : best[lane];
         row[lane] = better ? gt_row : row[lane];
       }

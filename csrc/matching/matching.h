@@ -16,7 +16,7 @@
 // integers of their bits do.
 #pragma once
 
-#include "common/geometry.h"
+#include "iou/iou.h"
 #include "matching/match_inputs.h"
 
 namespace DETOPS_NAMESPACE {
@@ -52,8 +52,7 @@ struct MatchOptions {
 
 template <class T>
 DETOPS_HD T match_iou(const Box<T>& anchor, T anchor_area, const Box<T>& gt, T gt_area) {
-  const T intersection = intersection_area(anchor, gt);
-  const T iou = intersection / (anchor_area + gt_area - intersection);
+  const T iou = pair_iou(anchor, anchor_area, gt, gt_area);
   return iou > T(0) ? iou : T(0);
 }
 
@@ -91,12 +90,6 @@ DETOPS_HD bool may_meet(const Box<T>& box, const Box<T>& around) {
 template <class T>
 DETOPS_HD Box<T> empty_box() {
   return {kInfinityOf<T>, kInfinityOf<T>, -kInfinityOf<T>, -kInfinityOf<T>};
-}
-
-// The smallest box around both.
-template <class T>
-DETOPS_HD Box<T> box_around(const Box<T>& a, const Box<T>& b) {
-  return {min_of(a.x1, b.x1), min_of(a.y1, b.y1), max_of(a.x2, b.x2), max_of(a.y2, b.y2)};
 }
 
 // The anchors of an image are dealt into chunks of at least as many anchors as there are boxes. The best IoU of each

@@ -122,7 +122,7 @@ __global__ void match_max_iou_kernel(MatchTensors<T> tensors, MatchOptions<T> op
         for (unsigned hits = __ballot_sync(kFullWarp, may); hits != 0; hits &= hits - 1) {
           const int j = group * kWarpSize + __ffs(static_cast<int>(hits)) - 1;
           const T iou = match_iou(anchor, area, tile[j], areas[j]);
-          if (iou > best) {
+          if (is_better_match(iou, best)) {
             best = iou;
             best_gt = first + j;
           }
@@ -263,10 +263,7 @@ void match_max_iou_cuda(const MatchInputs& inputs, const MatchNumbers& numbers, 
     const bool low_quality = numbers.allow_low_quality;
     const int64_t length = low_quality ? chunk_length(inputs.gts, kThreads) : kThreads;
     const int64_t chunks = ceil_div(inputs.anchor_count, length), boxes = inputs.images * inputs.gts;
-    if (inputs.images * chunks > INT32_MAX) {
-      fail(op, "anchors must have fewer rows in all, got " + std::to_string(inputs.anchor_count));
-    }
-    const auto blocks = static_cast<unsigned>(inputs.images * chunks);
+    const unsigned blocks = blocks_for(op, "anchors", inputs.images * chunks, 1);
     const auto scratch = [&](bool wanted, int64_t count, size_t size) {
       return allocate(op, {wanted ? count * int64_t(size) : 0}, ScalarType::Byte, inputs.anchors);
     };
@@ -300,10 +297,10 @@ void match_max_iou_cuda(const MatchInputs& inputs, const MatchNumbers& numbers, 
       DETOPS_LAUNCH((match_ties_kernel<T>), blocks, kThreads, 0, stream, tensors, options);
       return;
     }
-    DETOPS_LAUNCH((match_first_kernel<T>), static_cast<unsigned>(ceil_div<int64_t>(boxes, kWarps)), kThreads, 0, stream,
-                  tensors, options, boxes);
-    DETOPS_LAUNCH((match_force_kernel<T>), static_cast<unsigned>(ceil_div<int64_t>(boxes, kThreads)), kThreads, 0,
-                  stream, tensors, options, boxes);
+    DETOPS_LAUNCH((match_first_kernel<T>), blocks_for(op, "gt_boxes", boxes, kWarps), kThreads, 0, stream, tensors,
+                  options, boxes);
+    DETOPS_LAUNCH((match_force_kernel<T>), blocks_for(op, "gt_boxes", boxes, kThreads), kThreads, 0, stream, tensors,
+                  options, boxes);
   });
 }
 

@@ -238,7 +238,7 @@ Tensor checked_nms(const char* op, int64_t coordinates, const Tensor& boxes, con
     check_shape(op, "idxs", *idxs, per_box, {count});
     check_integer(op, "idxs", *idxs);
     check_same_device(op, "idxs", *idxs, "boxes", boxes);
-    ids = as_contiguous(idxs->scalar_type() == ScalarType::Long ? *idxs : torch::stable::to(*idxs, ScalarType::Long));
+    ids = as_dense(*idxs, ScalarType::Long);
   }
   const Tensor* const ids_or_null = idxs != nullptr ? &ids : nullptr;
   const Tensor dense_boxes = as_contiguous(boxes), dense_scores = as_contiguous(scores);

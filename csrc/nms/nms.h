@@ -5,12 +5,11 @@
 // (rank_key), which box it drops (suppresses), and what separates classes (equal ids, never shifted coordinates).
 //
 // Ops and shapes. T is float for float16, bfloat16 and float32 boxes, double for float64.
-//   nms            boxes [N, 4], scores [N]                  -> indices [K], best first
-//   batched_nms    boxes [N, 4], scores [N], idxs [N]        -> indices [K], best first over all ids
-//   nms_rotated    boxes [N, 5], scores [N], idxs [N] or none -> indices [K], best first over all ids
-//   multiclass_nms boxes [B, N, 4] or [B, N, C, 4],
-//                  scores [B, N, C]                          -> boxes [B, K, 4], scores, labels, indices [B, K], counts
-//                  [B]
+//   nms             boxes [N, 4], scores [N] -> indices [K], best first
+//   batched_nms     boxes [N, 4], scores [N], idxs [N] -> indices [K], best first over all ids
+//   nms_rotated     boxes [N, 5], scores [N], idxs [N] or none -> indices [K], best first over all ids
+//   multiclass_nms  boxes [B, N, 4] or [B, N, C, 4], scores [B, N, C]
+//                   -> boxes [B, K, 4], scores, labels, indices [B, K], counts [B]
 #pragma once
 
 #include <cmath>
@@ -18,7 +17,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
-#include "common/geometry.h"
+#include "iou/iou.h"
 #include "iou/rotated_iou.h"
 
 namespace DETOPS_NAMESPACE {
@@ -38,15 +37,13 @@ struct IouThreshold {
 // The decision: the box that ranks first drops the other. Strict, and false where the IoU is NaN.
 template <class T>
 DETOPS_HD bool suppresses(const Box<T>& a, T area_a, const Box<T>& b, T area_b, const IouThreshold<T>& threshold) {
-  const T intersection = intersection_area(a, b);
-  return intersection / (area_a + area_b - intersection) > threshold.exact;
+  return pair_iou(a, area_a, b, area_b) > threshold.exact;
 }
 
 // False only where `suppresses` is false; without the division. May be true where `suppresses` is false.
 template <class T>
 DETOPS_HD bool may_suppress(const Box<T>& a, T area_a, const Box<T>& b, T area_b, const IouThreshold<T>& threshold) {
-  const T intersection = intersection_area(a, b);
-  return (intersection > T(0)) & (intersection >= threshold.quick * (area_a + area_b - intersection));
+  return may_exceed(a, area_a, b, area_b, threshold.quick);
 }
 
 // The same for rotated boxes.

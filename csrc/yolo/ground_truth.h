@@ -47,11 +47,6 @@ inline void check_prediction(const char* op, const char* argument, const Tensor&
   check_same_device(op, argument, tensor, reference, of_reference);
 }
 
-// A contiguous tensor of this dtype.
-inline Tensor as_dense(const Tensor& tensor, ScalarType dtype) {
-  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
-}
-
 // The dtype that a computation on several tensors is done in: float64 if one of them is.
 inline ScalarType compute_dtype(std::initializer_list<const Tensor*> tensors) {
   for (const Tensor* tensor : tensors) {

@@ -234,9 +234,6 @@ void launch_all(const SimotaInputs& inputs, const SimotaOptions& options, const 
   const SimotaView<T> view = inputs.view<T>();
   const int64_t rows = view.images * view.gts.count, all_anchors = view.images * view.anchors;
   const int64_t point_blocks = ceil_div<int64_t>(view.anchors, kPointBlock);
-  const auto blocks_for = [](int64_t items, int64_t per_block) {
-    return static_cast<unsigned>(ceil_div(items, per_block));
-  };
   const auto scratch = [&](int64_t bytes) { return allocate(op, {bytes}, ScalarType::Byte, inputs.logits); };
   const int64_t zeroed = (view.images * point_blocks + all_anchors) * int64_t(sizeof(unsigned));
   const Tensor bits = scratch(zeroed);
@@ -254,11 +251,12 @@ void launch_all(const SimotaInputs& inputs, const SimotaOptions& options, const 
   check_cuda(cudaMemsetAsync(bits.mutable_data_ptr(), 0, zeroed, stream), op);
 
   if (rows > 0) {
-    DETOPS_LAUNCH((simota_prepare_kernel<T>), blocks_for(view.anchors, kThreads), kThreads, 0, stream, view.points,
-                  view.strides, view.anchors, work.bounds, work.reach);
-    DETOPS_LAUNCH((simota_mark_kernel<T>), blocks_for(rows, kWarps), kThreads, 0, stream, view,
+    DETOPS_LAUNCH((simota_prepare_kernel<T>), blocks_for(op, "pred_logits", view.anchors, kThreads), kThreads, 0,
+                  stream, view.points, view.strides, view.anchors, work.bounds, work.reach);
+    DETOPS_LAUNCH((simota_mark_kernel<T>), blocks_for(op, "pred_logits", rows, kWarps), kThreads, 0, stream, view,
                   static_cast<T>(options.center_radius), work);
-    DETOPS_LAUNCH((simota_absence_kernel<S, T>), blocks_for(all_anchors, kWarps), kThreads, 0, stream, view, work);
+    DETOPS_LAUNCH((simota_absence_kernel<S, T>), blocks_for(op, "pred_logits", all_anchors, kWarps), kThreads, 0,
+                  stream, view, work);
     DETOPS_LAUNCH((simota_claim_kernel<S, T>), static_cast<unsigned>(rows), kClaimWarps * kWarpSize, 0, stream, view,
                   options, work);
     const auto per_image = static_cast<int>(ceil_div<int64_t>(view.anchors, kThreads));

@@ -1,7 +1,7 @@
 // The GPU parts of targets.h: ranking by a warp, claims, and the kernel that writes the targets.
 #pragma once
 
-#include "common/launch_cuda.cuh"
+#include "common/pack_cuda.cuh"
 #include "yolo/targets.h"
 
 namespace DETOPS_NAMESPACE {
@@ -65,12 +65,6 @@ __device__ inline void copy_box(const void* source, int64_t from, int element_by
   }
 }
 
-template <class S>
-struct alignas(16) ScorePack {
-  static constexpr int kSize = 16 / sizeof(S);
-  S values[kSize];
-};
-
 struct TargetPointers {
   int64_t* labels;
   void* boxes;
@@ -113,13 +107,13 @@ __global__ void write_targets_kernel(const unsigned* owners, GroundTruthView<T> 
   __syncthreads();
   const auto classes = static_cast<int>(gts.classes);
   if (out.packed) {
-    constexpr int kSize = ScorePack<S>::kSize;
+    constexpr int kSize = Pack<S>::kSize;
     const int packs = classes / kSize;
-    auto* const target = reinterpret_cast<ScorePack<S>*>(scores + first * classes);
+    auto* const target = reinterpret_cast<Pack<S>*>(scores + first * classes);
     for (int p = threadIdx.x; p < here * packs; p += kWriteThreads) {
       const int anchor = p / packs;
       const auto place = static_cast<int>(labels[anchor]) - p % packs * kSize;
-      ScorePack<S> pack;
+      Pack<S> pack;
 #pragma unroll
       for (int k = 0; k < kSize; ++k) pack.values[k] = static_cast<S>(k == place ? values[anchor] : T(0));
       target[p] = pack;
@@ -135,8 +129,7 @@ __global__ void write_targets_kernel(const unsigned* owners, GroundTruthView<T> 
 template <class S, class T, class Score>
 void launch_write_targets(const unsigned* owners, const GroundTruthView<T>& gts, const Score& score,
                           const Tensor& gt_boxes, const TargetTensors& out, cudaStream_t stream) {
-  const bool packed = gts.classes % ScorePack<S>::kSize == 0 &&
-                      reinterpret_cast<uintptr_t>(out.scores.const_data_ptr()) % sizeof(ScorePack<S>) == 0;
+  const bool packed = gts.classes % Pack<S>::kSize == 0 && is_aligned(out.scores.const_data_ptr());
   const TargetPointers pointers{out.labels.mutable_data_ptr<int64_t>(),
                                 out.boxes.mutable_data_ptr(),
                                 out.scores.mutable_data_ptr(),

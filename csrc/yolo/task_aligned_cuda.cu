@@ -265,9 +265,6 @@ void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked
   options.topk2 = min_of(asked.topk2, options.topk);
   const bool limited = options.topk2 < options.topk;
   const int64_t rows = images * gts, all_anchors = images * anchors;
-  const auto blocks_for = [](int64_t items, int64_t per_block) {
-    return static_cast<unsigned>(ceil_div(items, per_block));
-  };
 
   const auto scratch = [&](int64_t bytes) { return allocate(op, {bytes}, ScalarType::Byte, inputs.scores); };
   const int64_t zeroed = 2 * rows * int64_t(sizeof(T)) + all_anchors * int64_t(sizeof(unsigned));
@@ -288,8 +285,9 @@ void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked
 
   if (rows > 0) {
     T* const angle_data = complete ? angles.mutable_data_ptr<T>() : nullptr;
-    DETOPS_LAUNCH((task_aligned_prepare_kernel<T>), blocks_for(complete ? all_anchors : anchors, kThreads), kThreads, 0,
-                  stream, view.boxes, all_anchors, angle_data, view.points, anchors, work.bounds);
+    DETOPS_LAUNCH((task_aligned_prepare_kernel<T>),
+                  blocks_for(op, "pred_scores", complete ? all_anchors : anchors, kThreads), kThreads, 0, stream,
+                  view.boxes, all_anchors, angle_data, view.points, anchors, work.bounds);
     DETOPS_LAUNCH((task_aligned_claim_kernel<complete, S, T>), static_cast<unsigned>(rows), kClaimWarps * kWarpSize, 0,
                   stream, view, options, work);
     const auto per_image = static_cast<int>(ceil_div<int64_t>(anchors, kThreads));
