@@ -50,7 +50,18 @@ from .losses import (
 )
 from .matching import Matcher, Matches, match_max_iou, match_ssd
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
-from .yolo import SimOTATargets, TaskAlignedAssigner, TaskAlignedTargets, assign_simota, assign_task_aligned
+from .yolo import (
+    SimOTATargets,
+    TaskAlignedAssigner,
+    TaskAlignedTargets,
+    Yolov3Targets,
+    Yolov5Targets,
+    assign_simota,
+    assign_task_aligned,
+    assign_yolov3,
+    assign_yolov5,
+    yolov5_target_lists,
+)
 
 __version__ = _library.version
 
@@ -64,8 +75,12 @@ __all__ = [
     "TaskAlignedAssigner",
     "TaskAlignedTargets",
     "YoloPredictions",
+    "Yolov3Targets",
+    "Yolov5Targets",
     "assign_simota",
     "assign_task_aligned",
+    "assign_yolov3",
+    "assign_yolov5",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -101,4 +116,5 @@ __all__ = [
     "sigmoid_focal_loss",
     "siou_loss",
     "varifocal_loss",
+    "yolov5_target_lists",
 ]
