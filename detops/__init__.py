@@ -60,7 +60,18 @@ from .losses import (
 )
 from .matching import Matcher, Matches, Samples, assign_atss, match_max_iou, match_ssd, sample_matches
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
-from .yolo import SimOTATargets, TaskAlignedAssigner, TaskAlignedTargets, assign_simota, assign_task_aligned
+from .yolo import (
+    SimOTATargets,
+    TaskAlignedAssigner,
+    TaskAlignedTargets,
+    Yolov3Targets,
+    Yolov5Targets,
+    assign_simota,
+    assign_task_aligned,
+    assign_yolov3,
+    assign_yolov5,
+    yolov5_target_lists,
+)
 
 __version__ = _library.version
 
@@ -79,9 +90,13 @@ __all__ = [
     "TaskAlignedAssigner",
     "TaskAlignedTargets",
     "YoloPredictions",
+    "Yolov3Targets",
+    "Yolov5Targets",
     "assign_atss",
     "assign_simota",
     "assign_task_aligned",
+    "assign_yolov3",
+    "assign_yolov5",
     "batched_nms",
     "box_area",
     "box_convert",
@@ -123,4 +138,5 @@ __all__ = [
     "siou_loss",
     "varifocal_loss",
     "yolo_anchors",
+    "yolov5_target_lists",
 ]

@@ -10,11 +10,18 @@ All functions share these rules, on every device:
 
 from .simota import SimOTATargets, assign_simota
 from .task_aligned import TaskAlignedAssigner, TaskAlignedTargets, assign_task_aligned
+from .yolov3 import Yolov3Targets, assign_yolov3
+from .yolov5 import Yolov5Targets, assign_yolov5, yolov5_target_lists
 
 __all__ = [
     "SimOTATargets",
     "TaskAlignedAssigner",
     "TaskAlignedTargets",
+    "Yolov3Targets",
+    "Yolov5Targets",
     "assign_simota",
     "assign_task_aligned",
+    "assign_yolov3",
+    "assign_yolov5",
+    "yolov5_target_lists",
 ]

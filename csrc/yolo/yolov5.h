@@ -1,0 +1,144 @@
+// The target assignment of YOLOv5 (and v7): decisions, written once for both devices.
+//
+//   assign_yolov5(gt_boxes [B, M, 4], gt_labels [B, M], gt_valid [B, M], anchors [L, A, 2], grid_sizes,
+//   ratio_threshold)
+//     -> indices [L, K, 4], rows [L, K], labels [L, K], boxes [L, K, 4], counts [L],   K = 3 A B M
+//
+// gt_boxes are cxcywh in shares of the image, anchors width and height in cells. On a level of H x W cells:
+//   1. A gt matches an anchor if max(r, 1 / r) < ratio_threshold for r = gt side / anchor side of both axes.
+//   2. It goes to the cell of its centre, to the left (top) one if the centre lies in the left (upper) half of its cell
+//      and further than 1 from the border, and to the right (bottom) one likewise: at most three cells.
+//   3. A row is (image, anchor, cell y, cell x), its box the centre relative to the cell's corner, and the size, in
+//      cells. Rows are ordered by cell (own, left, top, right, bottom), then anchor, then gt: YOLOv5's own order.
+// Rows from counts on are -1, their boxes 0.
+#pragma once
+
+#include <cmath>
+#include <vector>
+
+#include "yolo/ground_truth.h"
+
+namespace DETOPS_NAMESPACE {
+
+constexpr int kYolov5Cells = 5;  // own, left, top, right, bottom; at most kMostYolov5Cells of them at once
+constexpr int64_t kMostYolov5Cells = 3;
+
+template <class T>
+struct Yolov5Level {
+  T width, height;  // in cells
+};
+
+// A gt in cells.
+template <class T>
+struct GridBox {
+  T x, y, width, height;
+};
+
+template <class T>
+DETOPS_HD GridBox<T> grid_box(const T* box, const Yolov5Level<T>& level) {
+  return {box[0] * level.width, box[1] * level.height, box[2] * level.width, box[3] * level.height};
+}
+
+template <class T>
+DETOPS_HD bool fits_side(T side, T anchor, T ratio_threshold) {
+  const T ratio = side / anchor;
+  return ratio < ratio_threshold && T(1) / ratio < ratio_threshold;
+}
+
+// Whether the centre is nearer to the neighbour on the low side, at `position` of an axis, that is inside of the grid.
+template <class T>
+DETOPS_HD bool reaches(T position) {
+  return position > T(1) && position - std::floor(position) < T(0.5);
+}
+
+template <class T>
+DETOPS_HD bool takes_cell(const GridBox<T>& box, const Yolov5Level<T>& level, int cell) {
+  switch (cell) {
+    case 0: return true;
+    case 1: return reaches(box.x);
+    case 2: return reaches(box.y);
+    case 3: return reaches(level.width - box.x);
+    default: return reaches(level.height - box.y);
+  }
+}
+
+// The cell of a position, moved by half a cell; at the border where it lies outside.
+template <class T>
+DETOPS_HD int64_t cell_of(T position, T offset, T size) {
+  return static_cast<int64_t>(min_of(size - 1, max_of(position - offset, T(0))));  // NaN becomes 0
+}
+
+// Everything that the loops read.
+template <class T>
+struct Yolov5View {
+  const T* boxes;    // [B, M, 4]
+  const T* anchors;  // [L, A, 2]
+  const int64_t* labels;
+  const bool* valid;
+  int64_t gts, rows, anchor_count, capacity;  // M, B M, A, K
+  T ratio_threshold;
+
+  DETOPS_HD bool takes(const Yolov5Level<T>& level, int64_t number, int cell, int64_t anchor, int64_t row) const {
+    if (!valid[row]) return false;
+    const GridBox<T> box = grid_box(boxes + 4 * row, level);
+    const T* const size = anchors + 2 * (number * anchor_count + anchor);
+    return fits_side(box.width, size[0], ratio_threshold) && fits_side(box.height, size[1], ratio_threshold) &&
+           takes_cell(box, level, cell);
+  }
+};
+
+struct Yolov5Rows {
+  int64_t *indices, *rows, *labels;
+};
+
+template <class T>
+DETOPS_HD void write_row(const Yolov5View<T>& view, const Yolov5Level<T>& level, int cell, int64_t anchor, int64_t row,
+                         int64_t place, const Yolov5Rows& out, T* boxes) {
+  const GridBox<T> box = grid_box(view.boxes + 4 * row, level);
+  const T half = T(0.5);
+  const int64_t x = cell_of(box.x, cell == 1 ? half : cell == 3 ? -half : T(0), level.width);
+  const int64_t y = cell_of(box.y, cell == 2 ? half : cell == 4 ? -half : T(0), level.height);
+  out.indices[4 * place] = row / view.gts;
+  out.indices[4 * place + 1] = anchor;
+  out.indices[4 * place + 2] = y;
+  out.indices[4 * place + 3] = x;
+  out.rows[place] = row % view.gts;
+  out.labels[place] = view.labels[row];
+  boxes[4 * place] = box.x - static_cast<T>(x);
+  boxes[4 * place + 1] = box.y - static_cast<T>(y);
+  boxes[4 * place + 2] = box.width;
+  boxes[4 * place + 3] = box.height;
+}
+
+struct Yolov5Inputs {
+  Tensor boxes, labels, valid, anchors;  // dense, boxes and anchors of one dtype
+  std::vector<int64_t> heights, widths;
+  double ratio_threshold;
+
+  template <class T>
+  Yolov5View<T> view() const {
+    const int64_t rows = labels.numel();
+    return {boxes.const_data_ptr<T>(),
+            anchors.const_data_ptr<T>(),
+            labels.const_data_ptr<int64_t>(),
+            static_cast<const bool*>(valid.const_data_ptr()),
+            boxes.size(1),
+            rows,
+            anchors.size(1),
+            kMostYolov5Cells * anchors.size(1) * rows,
+            static_cast<T>(ratio_threshold)};
+  }
+  template <class T>
+  Yolov5Level<T> level(int64_t number) const {
+    return {static_cast<T>(widths[number]), static_cast<T>(heights[number])};
+  }
+};
+
+struct Yolov5Outputs {
+  Tensor indices, rows, labels, boxes, counts;
+};
+
+// The launches. Arguments were checked; outputs are allocated.
+void assign_yolov5_cuda(const Yolov5Inputs& inputs, const Yolov5Outputs& out);
+
+}  // namespace DETOPS_NAMESPACE

@@ -1,0 +1,164 @@
+"""The target assignment of YOLOv5. Users import from `detops.yolo`."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _library
+from ._library import register_fake
+
+
+class Yolov5Targets(NamedTuple):
+    """Rows of positives for each of L levels, of which the first `counts` are used; see `assign_yolov5`."""
+
+    labels: Tensor
+    """[L, K] int64: the class; -1 in unused rows."""
+    boxes: Tensor
+    """[L, K, 4]: the centre relative to the corner of the cell, and the size, in cells; 0 in unused rows."""
+    indices: Tensor
+    """[L, K, 4] int64: image, anchor, cell y, cell x; -1 in unused rows."""
+    gt_indices: Tensor
+    """[L, K] int64: the row of the image's `gt_boxes`; -1 in unused rows."""
+    counts: Tensor
+    """[L] int64."""
+
+
+def assign_yolov5(
+    gt_boxes: Tensor,
+    gt_labels: Tensor,
+    gt_valid: Tensor,
+    anchors: Tensor,
+    strides: Sequence[int],
+    image_size: tuple[int, int],
+    *,
+    ratio_threshold: float = 4.0,
+) -> Yolov5Targets:
+    """Gives each ground-truth box all anchors of like shape, in the cell of its centre and up to two next to it.
+
+    An anchor matches if max(r, 1 / r) < ratio_threshold for both r = gt side / anchor side. The cells are that of the
+    centre, the left one if the centre lies in the left half of its cell, or the right one if in the right half, and
+    the upper or lower one likewise, where they are inside of the grid.
+
+    Args:
+        gt_boxes: [B, M, 4] xyxy in pixels, floating.
+        gt_labels: [B, M] int64.
+        gt_valid: [B, M] bool: which rows take part; see `pad_ground_truth`.
+        anchors: [L, A, 2] widths and heights in pixels.
+        strides: of the L levels, in pixels.
+        image_size: (height, width), multiples of all strides.
+        ratio_threshold: above 1.
+
+    Returns:
+        `Yolov5Targets(labels [L, K], boxes [L, K, 4], indices [L, K, 4], gt_indices [L, K], counts [L])` with
+        K = 3 A B M. Rows are ordered by cell (own, left, upper, right, lower), anchor, image and gt; a gt may have
+        several. Computed in float32 (float64 for float64 boxes), the dtype of `boxes`. On a GPU nothing waits.
+
+    A centre in the very middle of its cell belongs to neither half; one on the line between two cells gives its cell
+    twice, as in YOLOv5; one outside of the image gets the cell at the border. Boxes with a side that is 0, negative,
+    infinite or NaN match nothing. No gradient.
+
+    Raises:
+        ValueError: image_size is no multiple of a stride, or ratio_threshold is not above 1.
+        RuntimeError: wrong shapes, dtypes or devices.
+
+    Example:
+        >>> targets = assign_yolov5(
+        ...     torch.tensor([[[10., 10., 30., 30.]]]), torch.tensor([[5]]), torch.tensor([[True]]),
+        ...     torch.tensor([[[16., 16.], [100., 100.]]]), [8], (64, 64),
+        ... )
+        >>> targets.counts, targets.indices[0, :3].tolist()
+        (tensor([3]), [[0, 0, 2, 2], [0, 0, 2, 3], [0, 0, 3, 2]])
+
+    Source: YOLOv5 (2020), whose exact rows `yolov5_target_lists` gives.
+    """
+    height, width = image_size
+    for stride in strides:
+        if stride <= 0 or height % stride or width % stride:
+            raise ValueError(
+                f"assign_yolov5: image_size must be a multiple of the strides {list(strides)}, got {tuple(image_size)}"
+            )
+    _check_ratio("assign_yolov5", ratio_threshold)
+    if gt_boxes.shape[-1:] != (4,):  # what follows would hide it from the op
+        raise RuntimeError(f"assign_yolov5: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
+    dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
+    low, high = gt_boxes.detach().to(dtype).split(2, dim=-1)
+    size = torch.tensor([width, height], dtype=dtype, device=gt_boxes.device)
+    shares = torch.cat([(low + high) / 2 / size, (high - low) / size], -1)
+    of_levels = torch.tensor(strides, dtype=dtype, device=anchors.device)
+    indices, rows, labels, boxes, counts = _library.ops.assign_yolov5(
+        *(shares, gt_labels, gt_valid, anchors.detach() / of_levels[:, None, None]),
+        *([height // stride for stride in strides], [width // stride for stride in strides], ratio_threshold),
+    )
+    return Yolov5Targets(labels, boxes, indices, rows, counts)
+
+
+def yolov5_target_lists(
+    targets: Tensor, anchors: Tensor, grid_sizes: Sequence[tuple[int, int]], *, ratio_threshold: float = 4.0
+) -> tuple[list[Tensor], list[Tensor], list[tuple[Tensor, Tensor, Tensor, Tensor]], list[Tensor]]:
+    """`assign_yolov5` with the arguments, the rows and the order of YOLOv5's own loss.
+
+    Args:
+        targets: [n, 6] image, class, centre x, y, width, height, the last four in shares of the image.
+        anchors: [L, A, 2] widths and heights in cells.
+        grid_sizes: (height, width) of the L feature maps, in cells.
+        ratio_threshold: above 1.
+
+    Returns:
+        For each level: classes [k] int64; boxes [k, 4], the centre relative to the corner of the cell, and the size;
+        indices (image, anchor, cell y, cell x), each [k] int64; the anchors' sides [k, 2].
+
+    On a GPU one synchronisation, for the lengths of the lists. No gradient.
+
+    Raises:
+        ValueError: ratio_threshold is not above 1.
+        RuntimeError: wrong shapes, dtypes or devices.
+
+    Example:
+        >>> classes, boxes, indices, sides = yolov5_target_lists(
+        ...     torch.tensor([[0., 5., 0.3, 0.3, 0.3, 0.3]]), torch.tensor([[[2., 2.]]]), [(8, 8)]
+        ... )
+        >>> classes[0].tolist(), indices[0][3].tolist()
+        ([5, 5, 5], [2, 1, 2])
+
+    Source: the build_targets of YOLOv5's loss.
+    """
+    if targets.ndim != 2 or targets.shape[1] != 6:
+        raise RuntimeError(f"yolov5_target_lists: targets must have shape [n, 6], got {list(targets.shape)}")
+    _check_ratio("yolov5_target_lists", ratio_threshold)
+    targets, anchors = targets.detach(), anchors.detach()
+    labels = targets[None, :, 1].long()
+    indices, rows, labels, boxes, counts = _library.ops.assign_yolov5(
+        *(targets[None, :, 2:], labels, torch.ones_like(labels, dtype=torch.bool), anchors),
+        *([height for height, _ in grid_sizes], [width for _, width in grid_sizes], ratio_threshold),
+    )
+    found = ([], [], [], [])
+    for level, count in enumerate(counts.tolist()):
+        _, anchor, y, x = indices[level, :count].unbind(1)
+        image = targets[rows[level, :count], 0].long()
+        parts = labels[level, :count], boxes[level, :count], (image, anchor, y, x), anchors[level][anchor]
+        for each, part in zip(found, parts, strict=True):
+            each.append(part)
+    return found
+
+
+def _check_ratio(op: str, ratio_threshold: float) -> None:
+    if not ratio_threshold > 1:
+        raise ValueError(f"{op}: ratio_threshold must be above 1, got {ratio_threshold}")
+
+
+@register_fake("assign_yolov5")
+def _(
+    gt_boxes: Tensor, gt_labels: Tensor, gt_valid: Tensor, anchors: Tensor, heights: list[int], widths: list[int],
+    ratio_threshold: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    levels, capacity = anchors.shape[0], 3 * anchors.shape[1] * gt_labels.shape[0] * gt_labels.shape[1]
+    dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
+    return (
+        gt_labels.new_empty(levels, capacity, 4),
+        gt_labels.new_empty(levels, capacity),
+        gt_labels.new_empty(levels, capacity),
+        gt_boxes.new_empty(levels, capacity, 4, dtype=dtype),
+        gt_labels.new_empty(levels),
+    )
