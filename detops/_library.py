@@ -6,6 +6,7 @@ the emulated CUDA kernels (tests/emulation) in their place.
 
 import contextlib
 import ctypes
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,11 +75,31 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
         raise ImportError(f"the compiled library of detops has no op {name}, so it is of another version; {_REBUILD}.")
 
     def register(fake: Callable) -> Callable:
-        _fakes[name] = fake
-        torch.library.register_fake(f"detops::{name}", fake)
+        @functools.wraps(fake)
+        def checked(*arguments):
+            _check_one_device(name, arguments)
+            return fake(*arguments)
+
+        _fakes[name] = checked
+        torch.library.register_fake(f"detops::{name}", checked)
         return fake
 
     return register
+
+
+def _check_one_device(name: str, arguments: tuple) -> None:
+    """As the entries of the ops do, which do not run where one tensor of several is on the meta device."""
+    devices = {str(each.device) for each in arguments if isinstance(each, torch.Tensor)}
+    if len(devices) > 1:
+        raise RuntimeError(f"{name}: all tensors must be on one device, got {' and '.join(sorted(devices))}")
+
+
+def register_result(result: type) -> type:
+    """Decorates a NamedTuple: programs of torch.export that return it can be saved, and torch.load reads it."""
+    serialized = f"{result.__module__}.{result.__name__}"
+    torch.utils._pytree._register_namedtuple(result, serialized_type_name=serialized)
+    torch.serialization.add_safe_globals([result])
+    return result
 
 
 def register_autograd(name: str, backward: Callable, setup_context: Callable) -> None:
@@ -90,7 +111,7 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
 def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
     """Raises where a forward-mode derivative is asked for: torch would take it as 0 and not say so."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):
-        raise RuntimeError(f"{op}: there is no forward-mode derivative: use backward, torch.func.grad or jacrev")
+        raise RuntimeError(f"{op}: there is no forward-mode derivative: use backward")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

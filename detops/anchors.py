@@ -264,6 +264,7 @@ class DefaultBoxGenerator(nn.Module):
         return sides
 
 
+@_library.register_result
 class PointAnchors(NamedTuple):
     """The points of all levels, one behind the other; see `point_anchors`."""
 
@@ -352,6 +353,7 @@ def yolo_anchors(version: str, *, dtype: torch.dtype = torch.float32, device: to
     return torch.tensor(_YOLO_ANCHORS[version], dtype=dtype, device=device)
 
 
+@_library.register_result
 class KMeansAnchors(NamedTuple):
     """Anchors that fit a set of box sizes; see `kmeans_anchors`."""
 

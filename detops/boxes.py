@@ -11,6 +11,7 @@ kernel does the work of eager code. Where a gradient is wanted, or torch.compile
 the same values, with autograd's gradients, or fused by the compiler.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -139,7 +140,11 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     if _kernel_serves(boxes):
         return _library.ops.clip_boxes_to_image(boxes, height, width)
     check_boxes("clip_boxes_to_image", boxes)
-    wide = _widened(boxes)
+    if boxes.is_floating_point():
+        wide = _widened(boxes)
+    else:  # in integers, which a size may be too large for, and a float too coarse
+        wide = boxes.long()
+        height, width = (math.floor(min(side, torch.iinfo(boxes.dtype).max)) for side in (height, width))
     x, y = wide[..., 0::2].clamp(0, width), wide[..., 1::2].clamp(0, height)
     return torch.stack((x, y), dim=-1).flatten(-2).to(boxes.dtype)
 
@@ -172,7 +177,7 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     check_boxes("remove_small_boxes", boxes)
     if boxes.is_floating_point():
         return _library.ops.remove_small_boxes(boxes, min_size)
-    x1, y1, x2, y2 = boxes.reshape(-1, 4).unbind(1)
+    x1, y1, x2, y2 = boxes.reshape(-1, 4).long().unbind(1)
     return ((x2 - x1 >= min_size) & (y2 - y1 >= min_size)).nonzero().squeeze(1)
 
 
@@ -203,8 +208,10 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 
 def _kernel_serves(boxes: Tensor) -> bool:
-    """Eager code of floating boxes without gradient."""
+    """Eager code of floating boxes without gradient; not inside torch.func, whose tensors hide that they have one."""
     if not boxes.is_floating_point() or torch.compiler.is_compiling():
+        return False
+    if torch._C._are_functorch_transforms_active():
         return False
     wants_gradient = boxes.requires_grad and torch.is_grad_enabled()
     return not wants_gradient and forward_ad.unpack_dual(boxes).tangent is None
@@ -325,6 +332,7 @@ def _(masks: Tensor) -> Tensor:
     return masks.new_empty((*masks.shape[:-2], 4), dtype=torch.float32)
 
 
+@_library.register_result
 class GroundTruth(NamedTuple):
     """The annotated boxes of a batch of images, padded to the same number; see `pad_ground_truth`."""
 

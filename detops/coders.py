@@ -231,6 +231,7 @@ def decode_dfl(logits: Tensor, dim: int = -1) -> Tensor:
     return _library.ops.decode_dfl(logits, dim)
 
 
+@_library.register_result
 class YoloPredictions(NamedTuple):
     """Decoded outputs of a YOLO head, N rows an image in the order (level, anchor, y, x); see `decode_yolo`."""
 

@@ -19,6 +19,7 @@ from ._library import register_autograd, register_fake
 
 # Numbers of the kinds, as csrc/iou/iou.h counts them.
 _IOU, _GENERALIZED, _DISTANCE, _COMPLETE, _EFFICIENT, _IOA = range(6)
+_NAMES = ("box_iou", *(f"{kind}_box_iou" for kind in ("generalized", "distance", "complete", "efficient")), "box_ioa")
 
 _UPRIGHT = ("xyxy", "xywh", "cxcywh")
 _ROTATED = ("cxcywhr", "xywhr", "xyxyxyxy")
@@ -32,7 +33,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, aligned: bool 
         boxes2: [..., M, K]; or [..., N, K] if aligned.
         fmt: "xyxy", "xywh", "cxcywh", or a rotated format as `box_convert` defines it: "cxcywhr", "xywhr" (angles in
             degrees, counter-clockwise as one looks at the image) or "xyxyxyxy" (the corners of a rectangle).
-        aligned: pair the boxes row by row.
+        aligned: pair the boxes row by row; rows broadcast as batch dimensions do.
 
     Returns:
         [..., N, M], or [..., N] if aligned; float32, or float64 for float64 boxes.
@@ -237,7 +238,9 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
 
 
 def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: float = 0.0) -> Tensor:
-    _library.refuse_forward_mode("box_iou", boxes1, boxes2)
+    _library.refuse_forward_mode(_NAMES[kind], boxes1, boxes2)
+    if not eps >= 0:  # so that NaN fails too
+        raise ValueError(f"{_NAMES[kind]}: eps must be at least 0, got {eps}")
     boxes1, boxes2 = _share_dtype(boxes1, boxes2)
     boxes1, boxes2 = _share_rows(boxes1, boxes2) if aligned else _share_batch(boxes1, boxes2)
     return _library.ops.box_iou(boxes1, boxes2, kind, aligned, eps)

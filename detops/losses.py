@@ -10,8 +10,6 @@ All functions share these rules, on every device:
 - Where there is a gradient there is no second derivative: asking for one is an error.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -347,8 +345,8 @@ def _number_of(op: str, reduction: str) -> int:
 
 
 def _check_not_negative(op: str, argument: str, value: float) -> None:
-    if not 0 <= value < math.inf:  # so that NaN fails too
-        raise ValueError(f"{op}: {argument} must be at least 0 and finite, got {value}")
+    if not 0 <= value <= torch.finfo(torch.float32).max:  # so that NaN fails too
+        raise ValueError(f"{op}: {argument} must be at least 0 and finite in float32, got {value}")
 
 
 def _check_no_gradient(op: str, argument: str, tensor: Tensor) -> None:
@@ -378,6 +376,7 @@ def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponen
 
 def _iou_loss(op: str, kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
     number = _number_of(op, reduction)
+    _check_not_negative(op, "eps", eps)
     _library.refuse_forward_mode(op, boxes1, boxes2)
     for argument, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
         if boxes.is_complex():

@@ -16,12 +16,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree
 
 from . import _library
 from ._library import register_fake
 
 
+@_library.register_result
 class Matches(NamedTuple):
     """Which ground-truth box each anchor of a batch goes to."""
 
@@ -29,10 +29,6 @@ class Matches(NamedTuple):
     """[B, A] int64: the row of the box; -1 for background; -2 for an anchor that is neither."""
     ious: Tensor
     """[B, A] float32 or float64: the IoU that was decided on."""
-
-
-# Lets a torch.export program that returns Matches be saved.
-_pytree._register_namedtuple(Matches, serialized_type_name="detops.matching.Matches")
 
 
 def match_max_iou(
@@ -249,6 +245,7 @@ def assign_atss(
     return Matches(*_library.ops.assign_atss(anchors, level_sizes, gt_boxes, gt_valid, topk))
 
 
+@_library.register_result
 class Samples(NamedTuple):
     """The anchors of each image that a loss is computed for."""
 
@@ -258,9 +255,6 @@ class Samples(NamedTuple):
     """[B] int64: how many of an image are positives."""
     counts: Tensor
     """[B] int64: how many there are in all."""
-
-
-_pytree._register_namedtuple(Samples, serialized_type_name="detops.matching.Samples")
 
 
 def sample_matches(

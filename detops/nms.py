@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.library import get_ctx
-from torch.utils import _pytree
 
 from . import _library
 from ._library import register_fake
@@ -118,6 +117,7 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tenso
     return _library.ops.nms_rotated(boxes, scores, iou_threshold, idxs)
 
 
+@_library.register_result
 class Detections(NamedTuple):
     """What `multiclass_nms` keeps of each image, best first, padded to K rows."""
 
@@ -131,10 +131,6 @@ class Detections(NamedTuple):
     """[B, K] int64: the row of the input box; -1 in padded rows."""
     counts: Tensor
     """[B] int64: how many rows of each image are detections."""
-
-
-# Lets a torch.export program that returns Detections be saved.
-_pytree._register_namedtuple(Detections, serialized_type_name="detops.nms.Detections")
 
 
 def multiclass_nms(
@@ -190,7 +186,13 @@ def multiclass_nms(
         raise ValueError(f"multiclass_nms: max_candidates must be None or at least 0, got {max_candidates}")
     return Detections(
         *_library.ops.multiclass_nms(
-            boxes, scores, iou_threshold, score_threshold, max_detections, max_candidates, class_agnostic
+            boxes.detach(),
+            scores.detach(),
+            iou_threshold,
+            score_threshold,
+            max_detections,
+            max_candidates,
+            class_agnostic,
         )
     )
 

@@ -8,6 +8,7 @@ from . import _library
 from ._library import register_fake
 
 
+@_library.register_result
 class SimOTATargets(NamedTuple):
     """The training targets of every anchor; see `assign_simota`."""
 

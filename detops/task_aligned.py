@@ -9,6 +9,7 @@ from . import _library
 from ._library import register_fake
 
 
+@_library.register_result
 class TaskAlignedTargets(NamedTuple):
     """The training targets of every anchor; see `assign_task_aligned`."""
 

@@ -9,6 +9,7 @@ from . import _library
 from ._library import register_fake
 
 
+@_library.register_result
 class Yolov3Targets(NamedTuple):
     """The training targets of every anchor; see `assign_yolov3`."""
 

@@ -10,6 +10,7 @@ from . import _library
 from ._library import register_fake
 
 
+@_library.register_result
 class Yolov5Targets(NamedTuple):
     """Rows of positives for each of L levels, of which the first `counts` are used; see `assign_yolov5`."""
 

@@ -327,3 +327,18 @@ def test_areas_of_halves_as_torchvision(torchvision, dtype):
     boxes = to_torch(boxes_in("xyxy", 100), dtype)
     for fmt in UNROTATED:
         assert torch.equal(detops.box_area(boxes, fmt), ops.box_area(boxes, fmt))
+
+
+def test_narrow_integers_do_not_wrap():
+    assert detops.remove_small_boxes(torch.tensor([[50, 50, 10, 10]], dtype=torch.uint8), 5).tolist() == []
+    assert detops.remove_small_boxes(torch.tensor([[-100, -100, 100, 100]], dtype=torch.int8), 5).tolist() == [0]
+    clipped = detops.clip_boxes_to_image(torch.tensor([[50, 50, 250, 200]], dtype=torch.uint8), (480, 640))
+    assert clipped.dtype == torch.uint8 and clipped.tolist() == [[50, 50, 250, 200]]
+    large = torch.tensor([[0, 0, 2**24 + 1, 200]])
+    assert detops.clip_boxes_to_image(large, (100.7, float("inf"))).tolist() == [[0, 0, 2**24 + 1, 100]]
+
+
+def test_gradients_pass_vmap():
+    boxes = torch.tensor([[0.0, 0, 10, 20], [2, 2, 8, 9]])
+    gradient = torch.func.grad(lambda x: torch.vmap(detops.box_area)(x).sum())(boxes)
+    assert gradient.tolist() == [[-20, -10, 20, 10], [-7, -6, 7, 6]]

@@ -370,3 +370,9 @@ def test_the_same_on_every_run(device, name):
     boxes = put(device, pairs(device.limit(50_001, 2000)), torch.float32)
     first = losses_and_gradients(name, *boxes)
     assert all(map(torch.equal, first, losses_and_gradients(name, *boxes)))
+
+
+@pytest.mark.parametrize("eps", [-0.1, float("nan"), float("inf")])
+def test_bad_eps(eps):
+    with pytest.raises(ValueError, match="^siou_loss: eps must be at least 0 and finite in float32, got "):
+        detops.siou_loss(torch.zeros(1, 4), torch.zeros(1, 4), eps=eps)

@@ -235,3 +235,20 @@ def test_forward_mode_derivative_is_refused(op):
     with torch.autograd.forward_ad.dual_level():
         with pytest.raises(RuntimeError, match=r"^\w+: there is no forward-mode derivative"):
             DIFFERENTIABLE[op]()
+
+
+def test_tensors_on_two_devices_are_refused_where_one_is_meta():
+    with pytest.raises(RuntimeError, match=r"^box_iou: all tensors must be on one device, got cpu and meta$"):
+        detops.box_iou(BOXES, BOXES.to("meta"))
+
+
+def test_results_are_read_by_torch_load(tmp_path):
+    saved = detops.multiclass_nms(BOXES[None], torch.ones(1, 2, 1), max_detections=3)
+    torch.save(saved, tmp_path / "detections.pt")
+    loaded = torch.load(tmp_path / "detections.pt", weights_only=True)
+    assert type(loaded) is detops.Detections and all(map(torch.equal, loaded, saved))
+
+
+def test_results_without_gradient_do_not_ask_for_one():
+    found = detops.multiclass_nms(BOXES[None].requires_grad_(), torch.ones(1, 2, 1, requires_grad=True))
+    assert not found.boxes.requires_grad and not found.scores.requires_grad
