@@ -278,7 +278,7 @@ def test_box_coder(device):
     assert coder.decode(device.put(np.zeros((0, 8))), nothing).shape == (0, 8)  # as torchvision
 
 
-def test_torchvision():
+def test_torchvision(torchvision):
     utils = pytest.importorskip("torchvision.models.detection._utils")
     theirs, ours = utils.BoxCoder(WEIGHTS), detops.BoxCoder(WEIGHTS)
     boxes = [to_torch(boxes_of(n, seed=n)) for n in (300, 0, 77)]
@@ -302,7 +302,7 @@ def test_torchvision():
     )
 
 
-def test_gradients_of_torchvision():
+def test_gradients_of_torchvision(torchvision):
     utils = pytest.importorskip("torchvision.models.detection._utils")
     coder = utils.BoxCoder(WEIGHTS)
     deltas, anchors = put_on_cpu(arguments("decode_boxes", (50,)), torch.float64)

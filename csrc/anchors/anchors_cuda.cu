@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kSizesPerThread = 4;
+constexpr float kFarthest = -std::numeric_limits<float>::infinity();
 
 struct Nearest {
   int label;
@@ -20,7 +21,7 @@ struct Nearest {
 
 template <SizeMetric metric>
 __device__ inline Nearest nearest_anchor(float width, float height, const float* anchors, int count) {
-  Nearest nearest{0, -std::numeric_limits<float>::infinity()};
+  Nearest nearest{0, kFarthest};
   for (int a = 0; a < count; ++a) {
     const float value = affinity<metric>(width, height, anchors[2 * a], anchors[2 * a + 1]);
     if (is_nearer(value, nearest.affinity)) nearest = {a, value};
