@@ -63,9 +63,10 @@ def test_equals_match_max_iou(device):
         assert torch.equal(detops.Matcher(0.6, 0.2, low_quality)(quality), matches.indices[0])
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("low_quality", [False, True])
-def test_equals_torchvision(device, low_quality):
-    utils = pytest.importorskip("torchvision.models.detection._utils")
+def test_equals_torchvision(torchvision, device, low_quality):
+    utils = torchvision.models.detection._utils
     for high, low in THRESHOLDS:
         quality = to_torch(matrix(20, device.limit(5000, emulated=500)))
         found = detops.Matcher(high, low, low_quality)(quality.to(device.torch))

@@ -1,6 +1,5 @@
 """match_max_iou and match_ssd: equal to their definitions in reference/matching.py, indices and IoUs."""
 
-import subprocess
 import sys
 
 import inputs
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import to_numpy, to_torch
+from memory import peak_growth
 from reference import matching as reference
 
 import detops
@@ -388,11 +388,11 @@ def test_tensors_on_different_devices(device):
 # Parity with torchvision.
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("high", "low", "low_quality"), [(0.7, 0.3, True), (0.5, 0.4, True), (0.5, 0.5, False)])
-def test_equals_torchvision(device, high, low, low_quality):
-    matcher = pytest.importorskip("torchvision.models.detection._utils").Matcher(high, low, low_quality)
-    ssd = pytest.importorskip("torchvision.models.detection._utils").SSDMatcher(0.5)
-    box_iou = pytest.importorskip("torchvision").ops.box_iou
+def test_equals_torchvision(torchvision, device, high, low, low_quality):
+    utils = torchvision.models.detection._utils
+    matcher, ssd = utils.Matcher(high, low, low_quality), utils.SSDMatcher(0.5)
     cases = [
         (inputs.uniform_boxes(2000, extent=400), inputs.uniform_boxes(30, seed=1, extent=400)),
         (grid_anchors(), inputs.uniform_boxes(12, seed=2, extent=60, size=30)),
@@ -407,7 +407,7 @@ def test_equals_torchvision(device, high, low, low_quality):
             low_threshold=low,
             allow_low_quality_matches=low_quality,
         )
-        matrix = box_iou(boxes, rows)
+        matrix = torchvision.ops.box_iou(boxes, rows)
         assert torch.equal(found.ious[0].cpu(), matrix.amax(0))
         assert torch.equal(found.indices[0].cpu(), matcher(matrix))
         assert torch.equal(
@@ -472,26 +472,21 @@ def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, devi
         assert all(map(torch.equal, match(), first))
 
 
-MEMORY = """
-import resource, torch, detops
+PREPARE = """
 torch.manual_seed(0)
 corner, side = torch.rand(200_000, 2) * 4000, torch.rand(200_000, 2) * 60 + 5
 anchors = torch.cat([corner, corner + side], 1)
 boxes = anchors[None, :{columns}].clone()
 options = dict(high_threshold=0.7, low_threshold=0.3, allow_low_quality_matches=True)
 detops.match_max_iou(anchors[:99], boxes, **options)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-matches = detops.match_max_iou(anchors, boxes, **options)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(int(matches.ious[0, 0] == 1), (after - before) * 1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 @pytest.mark.parametrize("columns", [100, 600])
 def test_the_matrix_is_never_made(columns):
-    script = MEMORY.format(columns=columns)
-    right, extra = map(int, subprocess.check_output([sys.executable, "-c", script], text=True).split())
+    call = "detops.match_max_iou(anchors, boxes, **options)"
+    right, extra = peak_growth(PREPARE.format(columns=columns), call, "int(result.ious[0, 0] == 1)")
     # The results take 2.4 MB, what is kept of each anchor 0.8 MB; the matrix would take 80 MB, or 480 MB.
     assert right == 1 and extra < 5.5e6
 
