@@ -10,6 +10,7 @@ All functions share these rules, on every device:
 
 from .simota import SimOTATargets, assign_simota
 from .task_aligned import TaskAlignedAssigner, TaskAlignedTargets, assign_task_aligned
+from .yolo_grid import YoloGridBoxes, assign_yolo_grid, decode_yolo_grid, yolo_loss
 from .yolov3 import Yolov3Targets, assign_yolov3
 from .yolov5 import Yolov5Targets, assign_yolov5, yolov5_target_lists
 
@@ -17,11 +18,15 @@ __all__ = [
     "SimOTATargets",
     "TaskAlignedAssigner",
     "TaskAlignedTargets",
+    "YoloGridBoxes",
     "Yolov3Targets",
     "Yolov5Targets",
     "assign_simota",
     "assign_task_aligned",
+    "assign_yolo_grid",
     "assign_yolov3",
     "assign_yolov5",
+    "decode_yolo_grid",
+    "yolo_loss",
     "yolov5_target_lists",
 ]

@@ -112,14 +112,14 @@ void launch_all(const Yolov3Inputs& inputs, const Yolov3Outputs& out) {
                            words,
                            static_cast<unsigned*>(bits.mutable_data_ptr()),
                            best.mutable_data_ptr<T>()};
-  const auto blocks_for = [](int64_t items) { return static_cast<unsigned>(ceil_div<int64_t>(items, kThreads)); };
   check_cuda(cudaMemsetAsync(bits.mutable_data_ptr(), 0, bytes, stream), op);
   if (gts > 0) {
     const int64_t marks = images * gts * grid.levels * grid.anchors_per_cell;
-    DETOPS_LAUNCH((yolov3_mark_kernel<T>), blocks_for(marks), kThreads, 0, stream, view, grid);
+    DETOPS_LAUNCH((yolov3_mark_kernel<T>), blocks_for(op, "gt_boxes", marks, kThreads), kThreads, 0, stream, view,
+                  grid);
     DETOPS_LAUNCH((yolov3_best_kernel<T>), static_cast<unsigned>(images * gts), kGtThreads, 0, stream, view, grid);
   }
-  const auto per_image = static_cast<int>(blocks_for(grid.count));
+  const auto per_image = static_cast<int>(ceil_div<int64_t>(grid.count, kThreads));
   DETOPS_LAUNCH((yolov3_assign_kernel<T>), static_cast<unsigned>(images * per_image), kThreads, 0, stream, view, grid,
                 inputs.iou_threshold, per_image, inputs.gt_boxes_out.const_data_ptr(),
                 static_cast<int>(inputs.gt_boxes_out.element_size()), out.gt_indices.mutable_data_ptr<int64_t>(),

@@ -12,7 +12,9 @@ template <class T>
 void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   const Yolov5View<T> view = inputs.view<T>();
   int64_t* const counts = out.counts.mutable_data_ptr<int64_t>();
-  parallel_ranges(inputs.anchors.size(0), 1, [&](int64_t begin, int64_t end) {
+  // A thread takes 2^15 pairs at least.
+  const int64_t pairs = max_of<int64_t>(1, view.anchor_count * view.rows);
+  parallel_ranges(inputs.anchors.size(0), ceil_div<int64_t>(1 << 15, pairs), [&](int64_t begin, int64_t end) {
     std::vector<int32_t> matching;
     for (int64_t number = begin; number < end; ++number) {
       const Yolov5Level<T> level = inputs.level<T>(number);

@@ -1,0 +1,76 @@
+// assign_yolo_grid: schema, checks, and the CPU kernel.
+#include "yolo/yolo_grid.h"
+
+#include <algorithm>
+#include <optional>
+
+#include "common/parallel_cpu.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+template <class T>
+void assign_yolo_grid_cpu(const YoloGridInputs& inputs, const Tensor& out) {
+  const YoloGridView<T> view = inputs.view<T>();
+  check_labels("assign_yolo_grid", view.gts, view.images);
+  T* const targets = out.mutable_data_ptr<T>();
+  const int64_t per_cell = view.anchor_count * view.stride(), per_image = view.cells() * per_cell;
+  parallel_ranges(view.images, ceil_div<int64_t>(1 << 14, per_image), [&](int64_t begin, int64_t end) {
+    std::fill(targets + begin * per_image, targets + end * per_image, T(0));
+    for (int64_t row = begin * view.gts.count; row < end * view.gts.count; ++row) {
+      const int64_t cell = responsible_cell(view, row);
+      if (cell >= 0) take_place(view, row, targets + row / view.gts.count * per_image + cell * per_cell);
+    }
+  });
+}
+
+Tensor assign_yolo_grid(const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_valid,
+                        const std::optional<Tensor>& anchors, int64_t rows, int64_t columns, int64_t height,
+                        int64_t width, int64_t classes) {
+  const char* const op = "assign_yolo_grid";
+  check_shape(op, "gt_boxes", gt_boxes, "[B, M, 4]", {-1, -1, 4});
+  check_ground_truth(op, gt_boxes, gt_labels, gt_valid, "gt_boxes", gt_boxes);
+  const ScalarType dtype = compute_dtype({&gt_boxes});
+  std::optional<Tensor> dense_anchors;
+  if (anchors.has_value()) {
+    check_shape(op, "anchors", *anchors, "[A, 2]", {-1, 2});
+    check_floating(op, "anchors", *anchors);
+    check_same_device(op, "anchors", *anchors, "gt_boxes", gt_boxes);
+    dense_anchors = as_dense(*anchors, dtype);
+  }
+  const YoloGridInputs inputs{as_dense(gt_boxes, dtype),
+                              as_contiguous(gt_labels),
+                              as_contiguous(gt_valid),
+                              dense_anchors ? &*dense_anchors : nullptr,
+                              rows,
+                              columns,
+                              height,
+                              width,
+                              classes};
+  const int64_t anchor_count = anchors.has_value() ? anchors->size(0) : 1;
+  check_row_count(op, "gt_boxes", gt_boxes.size(0) * rows * columns);
+  const Tensor out = anchors.has_value()
+                         ? allocate(op, {gt_boxes.size(0), rows, columns, anchor_count, 5 + classes}, dtype, gt_boxes)
+                         : allocate(op, {gt_boxes.size(0), rows, columns, 5 + classes}, dtype, gt_boxes);
+  if (out.numel() == 0) return out;
+  if (on_gpu(op, gt_boxes)) {
+    DETOPS_GPU_ONLY(assign_yolo_grid_cuda(inputs, out));
+  } else if (dtype == ScalarType::Double) {
+    assign_yolo_grid_cpu<double>(inputs, out);
+  } else {
+    assign_yolo_grid_cpu<float>(inputs, out);
+  }
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def(
+      "assign_yolo_grid(Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, Tensor? anchors, int rows, int columns, "
+      "int height, int width, int classes) -> Tensor");
+}
+
+DETOPS_REGISTER(m) { m.impl("assign_yolo_grid", TORCH_BOX(&assign_yolo_grid)); }
+
+}  // namespace DETOPS_NAMESPACE
