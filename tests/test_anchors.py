@@ -1,7 +1,6 @@
 """Anchors on grids equal torchvision's; k-means equals the loops in reference/anchors.py."""
 
 import math
-import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +12,6 @@ from reference import anchors as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 METRICS = {"iou": 0, "euclidean": 1, "ratio": 2}
 SIZES, RATIOS = ((32, 45), (64,), (128, 7.5, 300)), ((0.5, 1.0, 2.0), (1.0,), (0.3, 3.7))
 
@@ -339,7 +337,7 @@ def all_of_it(features, sizes, start):
     return anchors, *points, means, *_library.ops.assign_sizes(sizes, means, 0)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile():
     inputs = torch.zeros(1, 1, 8, 8), to_torch(unit_shapes(40)), to_torch(unit_shapes(3, 1))
     expected = all_of_it(*inputs)

@@ -1,7 +1,5 @@
 """assign_yolov5 and yolov5_target_lists: the rows of reference/yolov5.py, in its order."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -11,7 +9,6 @@ from reference import yolov5 as reference
 import detops
 from detops import _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 STRIDES = (8, 16, 32)
 ANCHORS = np.array(
     [[[10, 13], [16, 30], [33, 23]], [[30, 61], [62, 45], [59, 119]], [[116, 90], [156, 198], [373, 326]]], float
@@ -228,7 +225,7 @@ def test_opcheck(device):
     torch.library.opcheck(_library.ops.assign_yolov5, arguments)
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_compile_in_one_graph(device, dynamic):
