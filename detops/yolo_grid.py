@@ -177,6 +177,7 @@ def yolo_loss(
     _check_not_negative("yolo_loss", "lambda_noobj", lambda_noobj)
     number = _number_of("yolo_loss", reduction)
     _check_no_gradient("yolo_loss", "targets", targets)
+    _library.refuse_forward_mode("yolo_loss", predictions)
     return _library.ops.yolo_loss(_for_autocast(predictions), targets, lambda_coord, lambda_noobj, number)
 
 

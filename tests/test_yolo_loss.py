@@ -117,7 +117,7 @@ def test_errors(device):
         detops.yolo_loss(predictions, targets[:5])
     with pytest.raises(RuntimeError, match="^yolo_loss: targets must not require a gradient"):
         detops.yolo_loss(predictions, targets.requires_grad_())
-    with pytest.raises(ValueError, match="^yolo_loss: lambda_coord must be at least 0 and finite, got -1$"):
+    with pytest.raises(ValueError, match="^yolo_loss: lambda_coord must be at least 0 and finite in float32, got -1$"):
         detops.yolo_loss(predictions, targets, lambda_coord=-1)
     with pytest.raises(ValueError, match="^yolo_loss: lambda_noobj must be at least 0 and finite, got nan$"):
         detops.yolo_loss(predictions, targets, lambda_noobj=float("nan"))
