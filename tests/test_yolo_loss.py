@@ -119,7 +119,7 @@ def test_errors(device):
         detops.yolo_loss(predictions, targets.requires_grad_())
     with pytest.raises(ValueError, match="^yolo_loss: lambda_coord must be at least 0 and finite in float32, got -1$"):
         detops.yolo_loss(predictions, targets, lambda_coord=-1)
-    with pytest.raises(ValueError, match="^yolo_loss: lambda_noobj must be at least 0 and finite, got nan$"):
+    with pytest.raises(ValueError, match="^yolo_loss: lambda_noobj must be at least 0 and finite in float32, got nan$"):
         detops.yolo_loss(predictions, targets, lambda_noobj=float("nan"))
     with pytest.raises(ValueError, match="^Invalid reduction: yolo_loss: reduction must be 'none', 'mean' or 'sum'"):
         detops.yolo_loss(predictions, targets, reduction="all")
