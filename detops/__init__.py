@@ -60,6 +60,9 @@ from .losses import (
 )
 from .matching import Matcher, Matches, Samples, assign_atss, match_max_iou, match_ssd, sample_matches
 from .nms import Detections, batched_nms, multiclass_nms, nms, nms_rotated
+from .roi import BoxFormatError, multi_scale_roi_align, roi_align, roi_align_rotated
+from .roi_modules import MultiScaleRoIAlign, PSRoIAlign, PSRoIPool, RoIAlign, RoIPool
+from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
 from .yolo import (
     SimOTATargets,
     TaskAlignedAssigner,
@@ -82,13 +85,19 @@ __version__ = _library.version
 __all__ = [
     "AnchorGenerator",
     "BoxCoder",
+    "BoxFormatError",
     "DefaultBoxGenerator",
     "Detections",
     "GroundTruth",
     "KMeansAnchors",
     "Matcher",
     "Matches",
+    "MultiScaleRoIAlign",
+    "PSRoIAlign",
+    "PSRoIPool",
     "PointAnchors",
+    "RoIAlign",
+    "RoIPool",
     "Samples",
     "SimOTATargets",
     "TaskAlignedAssigner",
@@ -133,13 +142,19 @@ __all__ = [
     "match_max_iou",
     "match_ssd",
     "max_iou",
+    "multi_scale_roi_align",
     "multiclass_nms",
     "nms",
     "nms_rotated",
     "pad_ground_truth",
     "point_anchors",
+    "ps_roi_align",
+    "ps_roi_pool",
     "quality_focal_loss",
     "remove_small_boxes",
+    "roi_align",
+    "roi_align_rotated",
+    "roi_pool",
     "sample_matches",
     "sigmoid_focal_loss",
     "siou_loss",

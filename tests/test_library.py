@@ -171,6 +171,7 @@ SERVES = {
     "focal_loss": "sigmoid_focal_loss",
     "iou_loss": "generalized_box_iou_loss",
     "matcher": "Matcher",
+    "roi_align_max": "roi_align",
 }
 
 

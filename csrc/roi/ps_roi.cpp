@@ -1,0 +1,200 @@
+// ps_roi_align, ps_roi_pool and their gradients: schema, checks, and the CPU kernels.
+#include "roi/ps_roi.h"
+
+#include "roi/roi_cpu.h"
+
+namespace DETOPS_NAMESPACE {
+namespace {
+
+constexpr int64_t kChannels = 16;  // channels of the input that are read together
+
+// One bin of one RoI on one channel; `taps` columns of a row are next to each other or `column` apart.
+template <class S, class T>
+DETOPS_HD T pool_bin(const S* map, const MapStrides& strides, Taps<T> rows, Taps<T> columns) {
+  T sum = T(0);
+  for (const Tap<T>& y : rows) {
+    const S* const row = map + y.pixel * strides.row;
+    T of_row = T(0);
+    for (const Tap<T>& x : columns) of_row += x.weight * static_cast<T>(row[x.pixel * strides.column]);
+    sum += y.weight * of_row;
+  }
+  return sum;
+}
+
+template <class S>
+void ps_roi_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeType<S>* boxes, int64_t count,
+                const RoiOptions& options, S* out) {
+  using T = ComputeType<S>;
+  const RoiTables<T> tables(boxes, count, map.shape, options);
+  const int64_t bins = int64_t(options.bins_y) * options.bins_x, channels = map.shape.channels;
+  const int64_t used = static_cast<int64_t>(tables.all().size());
+  const MapStrides strides(map.channels_last, map.shape.levels[0].height, map.shape.levels[0].width, channels);
+  for (int64_t roi : tables.blank()) std::fill_n(out + roi * channels, channels, S(0));
+  parallel_parts(ceil_div(channels, kChannels), used, [&](int64_t part, int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      const RoiTable<T>& table = tables.all()[i];
+      const S* const image = map.image(0, table.image);
+      for (int64_t c = part * kChannels; c < min_of((part + 1) * kChannels, channels); ++c) {
+        const int bin = static_cast<int>(c % bins);
+        const T value = pool_bin(image + c * strides.channel, strides, table.y(bin / options.bins_x),
+                                 table.x(bin % options.bins_x));
+        out[table.roi * channels + bin_offset(map.channels_last, c / bins, bin, channels / bins, bins)] =
+            static_cast<S>(value);
+      }
+    }
+  });
+}
+
+// Parts are channels of an image, or rows of it with channels_last. Each is written by one thread, all RoIs in one
+// order.
+template <class S>
+void ps_roi_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t count, const RoiOptions& options,
+                         const RoiTensors<ComputeType<S>, S>& out) {
+  using T = ComputeType<S>;
+  const RoiTables<T> tables(boxes, count, out.shape, options);
+  const int64_t bins = int64_t(options.bins_y) * options.bins_x, channels = out.shape.channels;
+  const int64_t height = out.shape.levels[0].height, width = out.shape.levels[0].width;
+  const int64_t parts = out.channels_last ? height : channels;
+  parallel_items(out.shape.images * parts, [&](const auto& next) {
+    std::vector<T> buffer;
+    for (int64_t item = next(); item >= 0; item = next()) {
+      const int image = static_cast<int>(item / parts);
+      const int64_t part = item % parts;
+      const IndexRange range = tables.of_map(0, image);
+      const int64_t size = out.channels_last ? width * channels : height * width;
+      store_sums(out.image(0, image) + part * size, size, buffer, [&](T* target) {
+        for (int64_t i = range.begin; i < range.end; ++i) {
+          const RoiTable<T>& table = tables.all()[i];
+          const S* const values = grad + table.roi * channels;
+          if (!out.channels_last) {
+            const int bin = static_cast<int>(part % bins);
+            const T value = static_cast<T>(values[part]);
+            for (const Tap<T>& y : table.y(bin / options.bins_x)) {
+              for (const Tap<T>& x : table.x(bin % options.bins_x)) {
+                target[y.pixel * width + x.pixel] += y.weight * x.weight * value;
+              }
+            }
+            continue;
+          }
+          if (part < table.row_begin || part >= table.row_end) continue;
+          for (int bin = 0; bin < bins; ++bin) {
+            for (const Tap<T>& y : table.y(bin / options.bins_x)) {
+              if (y.pixel != part) continue;
+              for (const Tap<T>& x : table.x(bin % options.bins_x)) {
+                const T weight = y.weight * x.weight;
+                for (int64_t c = 0; c < channels / bins; ++c) {
+                  target[x.pixel * channels + c * bins + bin] +=
+                      weight * static_cast<T>(values[bin * (channels / bins) + c]);
+                }
+              }
+            }
+          }
+        }
+      });
+    }
+  });
+}
+
+void check_channels(const char* op, int64_t channels, const RoiOptions& options) {
+  const int64_t bins = int64_t(options.bins_y) * options.bins_x;
+  if (channels % bins == 0) return;
+  fail(op, "input must have a multiple of " + std::to_string(bins) + " channels, one for each bin, got " +
+               std::to_string(channels));
+}
+
+Tensor pool(const char* op, const Tensor& input, const Tensor& boxes, double spatial_scale, const RoiOptions& options) {
+  check_map(op, "input", input);
+  check_roi_boxes(op, boxes, 5, "input", input);
+  check_channels(op, input.size(1), options);
+  const bool channels_last = is_channels_last(input);
+  const Tensor dense = in_format(input, channels_last), rows = as_contiguous(boxes);
+  const int64_t count = boxes.size(0), bins = int64_t(options.bins_y) * options.bins_x;
+  const Tensor out = allocate_in_format(op, {count, input.size(1) / bins, options.bins_y, options.bins_x},
+                                        channels_last, input.scalar_type(), input);
+  const bool gpu = on_gpu(op, input);
+  dispatch_floating(input.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = ComputeType<S>;
+    if (!gpu) check_images(op, rows.const_data_ptr<T>(), count, 5, input.size(0));
+    if (out.numel() == 0) return;
+    const auto map = one_map<S>({input.size(0), input.size(1), input.size(2), input.size(3)}, spatial_scale,
+                                channels_last, dense.const_data_ptr<S>());
+    if (gpu) {
+      DETOPS_GPU_ONLY(ps_roi_cuda<S>(op, map, rows, options, out));
+    } else {
+      ps_roi_cpu<S>(map, rows.const_data_ptr<T>(), count, options, out.mutable_data_ptr<S>());
+    }
+  });
+  return out;
+}
+
+Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& boxes, const std::vector<int64_t>& sizes,
+                     double spatial_scale, const RoiOptions& options, bool channels_last) {
+  const int64_t count = boxes.size(0), bins = int64_t(options.bins_y) * options.bins_x;
+  check_floating(op, "grad", grad);
+  check_channels(op, sizes[1], options);
+  check_shape(op, "grad", grad, "[K, C / bins, bins, bins]", {count, sizes[1] / bins, options.bins_y, options.bins_x});
+  check_roi_boxes(op, boxes, 5, "grad", grad);
+  const Tensor dense = in_format(grad, channels_last), rows = as_contiguous(boxes);
+  const Tensor out = allocate_in_format(op, sizes, channels_last, grad.scalar_type(), grad);
+  const bool gpu = on_gpu(op, grad);
+  dispatch_floating(grad.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    using T = ComputeType<S>;
+    if (!gpu) check_images(op, rows.const_data_ptr<T>(), count, 5, sizes[0]);
+    if (out.numel() == 0) return;
+    const auto map = one_map<S>(sizes, spatial_scale, channels_last, out.mutable_data_ptr<S>());
+    if (gpu) {
+      DETOPS_GPU_ONLY(ps_roi_backward_cuda<S>(op, dense, rows, options, map));
+    } else {
+      ps_roi_backward_cpu<S>(dense.const_data_ptr<S>(), rows.const_data_ptr<T>(), count, options, map);
+    }
+  });
+  return out;
+}
+
+Tensor ps_roi_align(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y, int64_t bins_x,
+                    int64_t sampling_ratio) {
+  return pool("ps_roi_align", input, boxes, spatial_scale,
+              roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true));
+}
+
+Tensor ps_roi_align_backward(const Tensor& grad, const Tensor& boxes, std::vector<int64_t> sizes, double spatial_scale,
+                             int64_t bins_y, int64_t bins_x, int64_t sampling_ratio, bool channels_last) {
+  return pool_backward("ps_roi_align", grad, boxes, sizes, spatial_scale,
+                       roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true), channels_last);
+}
+
+Tensor ps_roi_pool(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y, int64_t bins_x) {
+  return pool("ps_roi_pool", input, boxes, spatial_scale, roi_options(RoiRule::kPsPool, bins_y, bins_x, 0, false));
+}
+
+Tensor ps_roi_pool_backward(const Tensor& grad, const Tensor& boxes, std::vector<int64_t> sizes, double spatial_scale,
+                            int64_t bins_y, int64_t bins_x, bool channels_last) {
+  return pool_backward("ps_roi_pool", grad, boxes, sizes, spatial_scale,
+                       roi_options(RoiRule::kPsPool, bins_y, bins_x, 0, false), channels_last);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
+  m.def(
+      "ps_roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x, "
+      "int sampling_ratio) -> Tensor");
+  m.def(
+      "ps_roi_align_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float spatial_scale, SymInt bins_y, "
+      "SymInt bins_x, int sampling_ratio, bool channels_last) -> Tensor");
+  m.def("ps_roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x) -> Tensor");
+  m.def(
+      "ps_roi_pool_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float spatial_scale, SymInt bins_y, "
+      "SymInt bins_x, bool channels_last) -> Tensor");
+}
+
+DETOPS_REGISTER(m) {
+  m.impl("ps_roi_align", TORCH_BOX(&ps_roi_align));
+  m.impl("ps_roi_align_backward", TORCH_BOX(&ps_roi_align_backward));
+  m.impl("ps_roi_pool", TORCH_BOX(&ps_roi_pool));
+  m.impl("ps_roi_pool_backward", TORCH_BOX(&ps_roi_pool_backward));
+}
+
+}  // namespace DETOPS_NAMESPACE

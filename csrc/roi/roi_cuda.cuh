@@ -1,0 +1,106 @@
+// What the RoI kernels share: several values in one access, and the taps of a RoI in shared memory.
+#pragma once
+
+#include <algorithm>
+
+#include "common/launch_cuda.cuh"
+#include "roi/roi_ops.h"
+
+namespace DETOPS_NAMESPACE {
+
+constexpr int kRoiThreads = 256;
+constexpr int kRoiWarps = kRoiThreads / kWarpSize;
+constexpr size_t kMostSharedBytes = 220 * 1024;  // of a block, of what an H100 or H200 has
+
+template <class S, int count>
+struct alignas(sizeof(S) * count) RoiPack {
+  S values[count];
+};
+
+// True if every address that is a multiple of `elements` from here on is aligned to packs of so many.
+template <class S>
+bool packs_fit(const void* address, int64_t stride, int elements) {
+  return reinterpret_cast<uintptr_t>(address) % (sizeof(S) * elements) == 0 && stride % elements == 0;
+}
+
+// sums += weight * the pack at `source`
+template <int count, class S, class T>
+__device__ inline void add_pack(const S* source, T weight, T (&sums)[count]) {
+  const RoiPack<S, count> pack = *reinterpret_cast<const RoiPack<S, count>*>(source);
+#pragma unroll
+  for (int i = 0; i < count; ++i) sums[i] = fma(weight, static_cast<T>(pack.values[i]), sums[i]);
+}
+
+template <int count, class S, class T>
+__device__ inline void store_pack(const T (&values)[count], S* target) {
+  RoiPack<S, count> pack;
+#pragma unroll
+  for (int i = 0; i < count; ++i) pack.values[i] = static_cast<S>(values[i]);
+  *reinterpret_cast<RoiPack<S, count>*>(target) = pack;
+}
+
+// The taps of all bins of a RoI: those along y, then those along x. In dynamic shared memory.
+template <class T>
+struct SharedTaps {
+  Tap<T>* taps;
+  int* begins;  // of each bin
+  int* counts;
+  int bins_y, bins_x;
+
+  __device__ SharedTaps(void* memory, const RoiOptions& options, int64_t most)
+      : taps(static_cast<Tap<T>*>(memory)),
+        begins(reinterpret_cast<int*>(taps + most)),
+        counts(begins + options.bins_y + options.bins_x),
+        bins_y(options.bins_y),
+        bins_x(options.bins_x) {}
+
+  // By all threads of the block, which must not use the taps before a barrier.
+  __device__ void fill(const RoiPlace<T>& place) {
+    const int bins = bins_y + bins_x;
+    for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
+      counts[i] = static_cast<int>(i < bins_y ? most_taps_of_bin(place.y, i) : most_taps_of_bin(place.x, i - bins_y));
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
+      int begin = 0;
+      for (int before = 0; before < i; ++before) begin += counts[before];
+      begins[i] = begin;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
+      Tap<T>* tap = taps + begins[i];
+      const auto add = [&](int pixel, T weight) { *tap++ = {pixel, weight}; };
+      if (i < bins_y) {
+        for_each_tap(place.y, i, add);
+      } else {
+        for_each_tap(place.x, i - bins_y, add);
+      }
+      counts[i] = static_cast<int>(tap - taps) - begins[i];
+    }
+  }
+
+  __device__ const Tap<T>* y(int p) const { return taps + begins[p]; }
+  __device__ const Tap<T>* x(int p) const { return taps + begins[bins_y + p]; }
+  __device__ int y_count(int p) const { return counts[p]; }
+  __device__ int x_count(int p) const { return counts[bins_y + p]; }
+};
+
+// The room that SharedTaps needs for any RoI on these maps.
+template <class T>
+struct SharedTapsSize {
+  int64_t most = 0;
+  size_t bytes = 0;
+
+  SharedTapsSize(const char* op, const RoiMaps<T>& maps, const RoiOptions& options) {
+    for (int i = 0; i < maps.count; ++i) {
+      most = std::max(most, most_taps(options, options.bins_y, maps.levels[i].height) +
+                                most_taps(options, options.bins_x, maps.levels[i].width));
+    }
+    bytes = most * sizeof(Tap<T>) + 2 * sizeof(int) * (size_t(options.bins_y) + options.bins_x);
+    if (bytes <= kMostSharedBytes - 32 * 1024) return;
+    fail(op, "maps and output_size must be small enough for a GPU's shared memory (188 KB), got a need of " +
+                 std::to_string(bytes / 1024) + " KB");
+  }
+};
+
+}  // namespace DETOPS_NAMESPACE

@@ -1,0 +1,379 @@
+"""Features of regions of interest (RoIs): roi_align, upright and rotated, from one map or a whole pyramid.
+
+Whole pixels and position-sensitive maps: `detops.roi_pooling`. Modules: `detops.roi_modules`.
+
+All functions share these rules, on every device:
+
+- Boxes are xyxy in pixels of the image: a tensor [K, 5] whose first column is the batch index, or a list with one
+  tensor [L, 4] for each image. `spatial_scale` brings them onto the map. They are taken as float32 (float64 beside
+  float64 features), whatever their dtype.
+- Results have the dtype and the memory format of the features: channels_last gives channels_last. float16 and bfloat16
+  are computed in float32 and rounded once.
+- Gradients go to the features, not to the boxes. They are the same bits on every run, as are the results.
+- A RoI with a NaN or an infinite coordinate gives zeros, and zero gradient. Finite ones of any size and place give what
+  the formula says; no time is spent on samples off the map, and nothing outside a tensor is read.
+- A batch index out of range is an error on the CPU. On a GPU, where raising would need a host synchronisation, such a
+  RoI gives zeros.
+"""
+
+import math
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch.nn.functional import pad
+
+from . import _library
+from ._library import register_autograd, register_fake
+
+
+class BoxFormatError(RuntimeError, AssertionError):
+    """Boxes that are neither [K, 5] nor a list of [L, 4]. torchvision raises AssertionError here."""
+
+
+def roi_align(
+    input: Tensor,
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    *,
+    mode: str = "avg",
+) -> Tensor:
+    """Pools each RoI to a fixed size: the mean, or the largest, of bilinear samples in each bin.
+
+    A RoI is divided into bins of equal size, and each bin is sampled at the centres of a regular grid of n x n cells.
+    A sample weighs its four pixels bilinearly; one more than a pixel off the map counts as 0.
+
+    Args:
+        input: [N, C, H, W] features, floating.
+        boxes: [K, 5] (batch index, x1, y1, x2, y2) or a list of N tensors [L, 4] (x1, y1, x2, y2).
+        output_size: bins along each axis, (height, width) or one number for both.
+        spatial_scale: pixels of `input` per pixel of the image.
+        sampling_ratio: n; if not positive, as many as a bin is pixels long, rounded up, for each axis.
+        aligned: take pixel centres at half-integers, which the box convention asks for. If False, coordinates are off
+            by half a pixel and RoIs are at least 1 x 1 pixel, as in the first Mask R-CNNs.
+        mode: "avg" or "max".
+
+    Returns:
+        [K, C, height, width] in the dtype and memory format of `input`.
+
+    Inverted boxes have no samples under adaptive sampling, and give zeros. Ties of samples go to the first in reading
+    order, and to samples on the map; the first NaN wins over all. Gradient: to `input`, for "max" to the pixels of the
+    winning sample; twice differentiable for "avg".
+
+    Raises:
+        ValueError: `output_size` or `spatial_scale` is not positive, or `mode` is unknown.
+        BoxFormatError: `boxes` is none of the above.
+        RuntimeError: a wrong shape, dtype or device, or a batch index out of range (on the CPU).
+
+    Example:
+        >>> features = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> roi_align(features, [torch.tensor([[0., 0., 4., 4.]])], 2, aligned=True)
+        tensor([[[[ 2.5000,  4.5000],
+                  [10.5000, 12.5000]]]])
+
+    Source: He et al., Mask R-CNN, ICCV 2017; torchvision.ops.roi_align, which has no maximum; mmcv.ops.roi_align, which
+    has.
+    """
+    op = "roi_align"
+    if mode not in ("avg", "max"):
+        raise ValueError(f"{op}: mode must be 'avg' or 'max', got {mode!r}")
+    bins_y, bins_x = _pair(op, output_size)
+    _check_scale(op, "spatial_scale", spatial_scale)
+    rows = _rows(op, boxes, input)
+    if mode == "max":
+        keep = _needs_gradient(input)
+        return _library.ops.roi_align_max(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio, aligned, keep)[0]
+    return _library.ops.roi_align(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio, aligned)
+
+
+def roi_align_rotated(
+    input: Tensor,
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scale: float = 1.0,
+    sampling_ratio: int = -1,
+) -> Tensor:
+    """roi_align of rotated boxes: the mean of bilinear samples in each bin, on a grid that is turned with the box.
+
+    Args:
+        input: [N, C, H, W] features, floating.
+        boxes: [K, 6] (batch index, cx, cy, width, height, angle) or a list of N tensors [L, 5] (cx, cy, width, height,
+            angle), the angle in degrees, counter-clockwise as one looks at the image.
+        output_size: bins along each axis, (height, width) or one number for both.
+        spatial_scale: pixels of `input` per pixel of the image.
+        sampling_ratio: as of `roi_align`.
+
+    Returns:
+        [K, C, height, width] in the dtype and memory format of `input`.
+
+    Pixel centres are at half-integers, as in `roi_align` with aligned=True. Boxes of negative width or height have no
+    samples under adaptive sampling, and give zeros. Gradient: to `input`; twice differentiable.
+
+    Raises:
+        ValueError: `output_size` or `spatial_scale` is not positive.
+        BoxFormatError: `boxes` is none of the above.
+        RuntimeError: a wrong shape, dtype or device, or a batch index out of range (on the CPU).
+
+    Example:
+        >>> features = torch.arange(16.0).view(1, 1, 4, 4)
+        >>> roi_align_rotated(features, [torch.tensor([[2., 2., 4., 4., 90.]])], 2)
+        tensor([[[[ 4.5000, 12.5000],
+                  [ 2.5000, 10.5000]]]])
+
+    Source: Ma et al., Arbitrary-Oriented Scene Text Detection via Rotation Proposals, 2018; detectron2's
+    ROIAlignRotated, which runs for ever or crashes on boxes that are not finite.
+    """
+    op = "roi_align_rotated"
+    bins_y, bins_x = _pair(op, output_size)
+    _check_scale(op, "spatial_scale", spatial_scale)
+    rows = _rows(op, boxes, input, coordinates=5)
+    return _library.ops.roi_align_rotated(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio)
+
+
+def multi_scale_roi_align(
+    features: list[Tensor],
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    *,
+    spatial_scales: list[float],
+    sampling_ratio: int = -1,
+    aligned: bool = False,
+    canonical_scale: float = 224,
+    canonical_level: int = 4,
+) -> Tensor:
+    """roi_align from the maps of a pyramid: each RoI from the one that fits its size, all in one pass.
+
+    A box of area A belongs to level floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6), where the map of
+    spatial scale 2^-k is level k; boxes beyond the first or last map belong to that one.
+
+    Args:
+        features: 1 to 8 maps [N, C, H, W] of one dtype, from fine to coarse.
+        boxes: as of `roi_align`.
+        output_size: as of `roi_align`.
+        spatial_scales: that of each map, each half of the one before.
+        sampling_ratio: as of `roi_align`.
+        aligned: as of `roi_align`.
+        canonical_scale: the side of a box that belongs to `canonical_level`.
+        canonical_level: see there.
+
+    Returns:
+        [K, C, height, width] in the dtype and memory format of the first map.
+
+    Gradient: to `features`; twice differentiable.
+
+    Raises:
+        ValueError: `output_size`, a spatial scale or `canonical_scale` is not positive.
+        BoxFormatError: `boxes` is none of the above.
+        RuntimeError: wrong shapes, dtypes or devices, maps that differ in N, C or dtype, or a batch index out of range
+            (on the CPU).
+
+    Example:
+        >>> features = [torch.zeros(1, 1, 64, 64), torch.ones(1, 1, 32, 32)]
+        >>> boxes = torch.tensor([[0, 10., 10., 50., 50.], [0, 10., 10., 250., 250.]])
+        >>> multi_scale_roi_align(features, boxes, 1, spatial_scales=[1 / 4, 1 / 8], canonical_level=3).flatten()
+        tensor([0., 1.])
+
+    Source: Lin et al., Feature Pyramid Networks, CVPR 2017; torchvision.ops.MultiScaleRoIAlign, which pools each level
+    by itself.
+    """
+    op = "multi_scale_roi_align"
+    bins_y, bins_x = _pair(op, output_size)
+    for scale in spatial_scales:
+        _check_scale(op, "spatial_scales", scale)
+    _check_scale(op, "canonical_scale", canonical_scale)
+    if not features:
+        raise ValueError(f"{op}: features must be 1 to 8 maps, got none")
+    rows = _rows(op, boxes, features[0])
+    return _library.ops.multi_scale_roi_align(
+        features, rows, spatial_scales, bins_y, bins_x, sampling_ratio, aligned, canonical_scale, canonical_level
+    )
+
+
+def _pair(op: str, output_size) -> tuple[int, int]:
+    sizes = (output_size, output_size) if isinstance(output_size, int | torch.SymInt) else tuple(output_size)
+    if len(sizes) != 2 or not all(size >= 1 for size in sizes):
+        raise ValueError(f"{op}: output_size must be one or two positive numbers, got {output_size}")
+    return sizes
+
+
+def _check_scale(op: str, name: str, scale: float) -> None:
+    if not 0 < scale < math.inf:  # so that NaN fails too
+        raise ValueError(f"{op}: {name} must be positive and finite, got {scale}")
+
+
+def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int = 4) -> Tensor:
+    """RoIs as one tensor [K, 1 + coordinates] in the dtype of the computation, batch index first."""
+    if isinstance(boxes, Tensor):
+        if boxes.ndim != 2 or boxes.shape[1] != coordinates + 1:
+            raise BoxFormatError(f"{op}: boxes must have shape [K, {coordinates + 1}], got {list(boxes.shape)}")
+        rows = boxes
+    else:
+        for each in boxes if isinstance(boxes, list | tuple) else (boxes,):
+            if not isinstance(each, Tensor) or each.ndim != 2 or each.shape[1] != coordinates:
+                got = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
+                raise BoxFormatError(
+                    f"{op}: boxes must be a tensor [K, {coordinates + 1}] or a list of tensors [L, {coordinates}], "
+                    f"got {got}"
+                )
+        if len(boxes) == 0:
+            rows = input.new_zeros(0, coordinates + 1)
+        else:
+            each_with_index = [pad(each, (1, 0), value=i) for i, each in enumerate(boxes)]
+            rows = torch.cat(each_with_index)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    return rows.detach().to(dtype)
+
+
+def _needs_gradient(input: Tensor) -> bool:
+    return torch.is_grad_enabled() and input.requires_grad
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, sizes, channels_last: bool) -> Tensor:
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _empty_max(input: Tensor, sizes, keep_winners: bool) -> tuple[Tensor, Tensor]:
+    """The result of a maximum, and the winners' positions, which are kept for the gradient only."""
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    out = _empty(input, sizes, _is_channels_last(input))
+    return out, input.new_empty((2 if keep_winners else 0, out.numel()), dtype=dtype)
+
+
+@register_fake("roi_align")
+def _(input: Tensor, boxes: Tensor, spatial_scale, bins_y, bins_x, sampling_ratio, aligned) -> Tensor:
+    return _empty(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), _is_channels_last(input))
+
+
+@register_fake("roi_align_backward")
+def _(grad, boxes, sizes, spatial_scale, bins_y, bins_x, sampling_ratio, aligned, channels_last) -> Tensor:
+    return _empty(grad, sizes, channels_last)
+
+
+@register_fake("roi_align_max")
+def _(input, boxes, spatial_scale, bins_y, bins_x, sampling_ratio, aligned, keep_winners) -> tuple[Tensor, Tensor]:
+    return _empty_max(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), keep_winners)
+
+
+@register_fake("roi_align_max_backward")
+def _(
+    grad, winners, boxes, sizes, spatial_scale, bins_y, bins_x, sampling_ratio, aligned, channels_last
+):  # fmt: skip
+    return _empty(grad, sizes, channels_last)
+
+
+@register_fake("roi_align_rotated")
+def _(input: Tensor, boxes: Tensor, spatial_scale, bins_y, bins_x, sampling_ratio) -> Tensor:
+    return _empty(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), _is_channels_last(input))
+
+
+@register_fake("roi_align_rotated_backward")
+def _(grad, boxes, sizes, spatial_scale, bins_y, bins_x, sampling_ratio, channels_last) -> Tensor:
+    return _empty(grad, sizes, channels_last)
+
+
+@register_fake("multi_scale_roi_align")
+def _(features, boxes, spatial_scales, bins_y, bins_x, sampling_ratio, aligned, canonical_scale, canonical_level):
+    return _empty(features[0], (boxes.shape[0], features[0].shape[1], bins_y, bins_x), _is_channels_last(features[0]))
+
+
+@register_fake("multi_scale_roi_align_backward")
+def _(
+    grad, boxes, sizes, spatial_scales, bins_y, bins_x, sampling_ratio, aligned, canonical_scale, canonical_level,
+    channels_last,
+):  # fmt: skip
+    return [_empty(grad, (*sizes[:2], *sizes[i : i + 2]), channels_last) for i in range(2, len(sizes), 2)]
+
+
+# Averages are linear in the features: the gradient of the gradient is the pooling itself.
+
+
+def _register_average(op: str) -> None:
+    """The gradients of an op (input, boxes, *options) and of its gradient (grad, boxes, sizes, *options, format)."""
+
+    def save(ctx, inputs, output) -> None:
+        input, boxes, *ctx.options = inputs
+        ctx.sizes, ctx.channels_last = input.shape, _is_channels_last(input)
+        ctx.save_for_backward(boxes)
+
+    def backward(ctx, grad: Tensor):
+        (boxes,) = ctx.saved_tensors
+        run = getattr(_library.ops, f"{op}_backward")
+        return run(grad, boxes, ctx.sizes, *ctx.options, ctx.channels_last), *[None] * (1 + len(ctx.options))
+
+    def save_backward(ctx, inputs, output) -> None:
+        _, boxes, _, *ctx.options, _ = inputs
+        ctx.save_for_backward(boxes)
+
+    def double_backward(ctx, grad: Tensor):
+        (boxes,) = ctx.saved_tensors
+        return getattr(_library.ops, op)(grad, boxes, *ctx.options), *[None] * (3 + len(ctx.options))
+
+    register_autograd(op, backward, save)
+    register_autograd(f"{op}_backward", double_backward, save_backward)
+
+
+def _register_maximum(op: str) -> None:
+    """The gradient of an op (input, boxes, *options, keep_winners) -> (output, winners)."""
+
+    def save(ctx, inputs, output) -> None:
+        input, boxes, *ctx.options, _ = inputs
+        ctx.sizes, ctx.channels_last = input.shape, _is_channels_last(input)
+        ctx.save_for_backward(output[1], boxes)
+        ctx.mark_non_differentiable(output[1])
+
+    def backward(ctx, grad: Tensor, _):
+        winners, boxes = ctx.saved_tensors
+        run = getattr(_library.ops, f"{op}_backward")
+        grads = run(grad, winners, boxes, ctx.sizes, *ctx.options, ctx.channels_last)
+        return grads, *[None] * (2 + len(ctx.options))
+
+    def save_nothing(ctx, inputs, output) -> None:
+        pass
+
+    def double_backward(ctx, grad):
+        raise RuntimeError(f"{op}: there is no second derivative")
+
+    register_autograd(op, backward, save)
+    register_autograd(f"{op}_backward", double_backward, save_nothing)
+
+
+def _save_multi_scale(ctx, inputs, output) -> None:
+    features, boxes, *ctx.options = inputs
+    ctx.sizes = [*features[0].shape[:2], *(size for map in features for size in map.shape[2:])]
+    ctx.channels_last = _is_channels_last(features[0])
+    ctx.save_for_backward(boxes)
+
+
+def _multi_scale_backward(ctx, grad: Tensor):
+    (boxes,) = ctx.saved_tensors
+    grads = _library.ops.multi_scale_roi_align_backward(grad, boxes, ctx.sizes, *ctx.options, ctx.channels_last)
+    return grads, *[None] * 8
+
+
+def _save_multi_scale_backward(ctx, inputs, output) -> None:
+    _, boxes, _, *ctx.options, _ = inputs
+    ctx.save_for_backward(boxes)
+
+
+def _multi_scale_double_backward(ctx, grads: list[Tensor]):
+    (boxes,) = ctx.saved_tensors
+    return _library.ops.multi_scale_roi_align(grads, boxes, *ctx.options), *[None] * 10
+
+
+_register_average("roi_align")
+_register_average("roi_align_rotated")
+_register_maximum("roi_align_max")
+register_autograd("multi_scale_roi_align", _multi_scale_backward, _save_multi_scale)
+register_autograd("multi_scale_roi_align_backward", _multi_scale_double_backward, _save_multi_scale_backward)
+
+torch.fx.wrap("roi_align")
+torch.fx.wrap("roi_align_rotated")
+torch.fx.wrap("multi_scale_roi_align")

@@ -1,0 +1,157 @@
+"""The RoI ops as modules, with torchvision's constructors."""
+
+import math
+
+import torch.fx
+from torch import Tensor, nn
+
+from .roi import multi_scale_roi_align, roi_align
+from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
+
+
+class _RoIModule(nn.Module):
+    """A module that holds the options of an op and shows them."""
+
+    options: tuple[str, ...]
+
+    def extra_options(self) -> str:
+        return ", ".join(f"{name}={getattr(self, name)}" for name in self.options)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.extra_options()})"
+
+
+class RoIAlign(_RoIModule):
+    """See `detops.roi_align`."""
+
+    options = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
+
+    def __init__(self, output_size, spatial_scale: float, sampling_ratio: int, aligned: bool = False) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.aligned = aligned
+
+    def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+
+class RoIPool(_RoIModule):
+    """See `detops.roi_pool`."""
+
+    options = ("output_size", "spatial_scale")
+
+    def __init__(self, output_size, spatial_scale: float) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+
+    def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
+        return roi_pool(input, rois, self.output_size, self.spatial_scale)
+
+
+class PSRoIAlign(_RoIModule):
+    """See `detops.ps_roi_align`."""
+
+    options = ("output_size", "spatial_scale", "sampling_ratio")
+
+    def __init__(self, output_size, spatial_scale: float, sampling_ratio: int) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+
+    def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
+        return ps_roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio)
+
+
+class PSRoIPool(_RoIModule):
+    """See `detops.ps_roi_pool`."""
+
+    options = ("output_size", "spatial_scale")
+
+    def __init__(self, output_size, spatial_scale: float) -> None:
+        super().__init__()
+        self.output_size = output_size
+        self.spatial_scale = spatial_scale
+
+    def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
+        return ps_roi_pool(input, rois, self.output_size, self.spatial_scale)
+
+
+class MultiScaleRoIAlign(_RoIModule):
+    """roi_align from the maps of a pyramid, whose scales follow from the sizes of maps and images.
+
+    Args:
+        featmap_names: which maps of the input to use, from fine to coarse.
+        output_size: bins along each axis, (height, width) or one number for both.
+        sampling_ratio: as of `detops.roi_align`.
+        canonical_scale: the side of a box that belongs to `canonical_level`, see `detops.multi_scale_roi_align`.
+        canonical_level: see there.
+
+    Called with a dict of maps, boxes [L, 4] for each image and the images' (height, width), it returns
+    [K, C, height, width]. The scale of a map is the power of two next to its height by the largest image's.
+
+    Raises:
+        ValueError: there is no image, or no map of these names.
+
+    Example:
+        >>> pool = MultiScaleRoIAlign(["fine", "coarse"], output_size=7, sampling_ratio=2)
+        >>> maps = {"fine": torch.rand(1, 8, 64, 64), "coarse": torch.rand(1, 8, 32, 32)}
+        >>> pool(maps, [torch.tensor([[10., 10., 90., 60.]])], [(256, 256)]).shape
+        torch.Size([1, 8, 7, 7])
+
+    Source: torchvision.ops.MultiScaleRoIAlign, which keeps the scales of its first call.
+    """
+
+    options = ("featmap_names", "output_size", "sampling_ratio")
+
+    def __init__(
+        self,
+        featmap_names: list[str],
+        output_size,
+        sampling_ratio: int,
+        *,
+        canonical_scale: int = 224,
+        canonical_level: int = 4,
+    ) -> None:
+        super().__init__()
+        self.featmap_names = featmap_names
+        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+        self.sampling_ratio = sampling_ratio
+        self.canonical_scale = canonical_scale
+        self.canonical_level = canonical_level
+
+    def forward(self, x: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]) -> Tensor:
+        return _pool_pyramid(
+            x,
+            boxes,
+            image_shapes,
+            self.featmap_names,
+            self.output_size,
+            self.sampling_ratio,
+            self.canonical_scale,
+            self.canonical_level,
+        )
+
+
+@torch.fx.wrap
+def _pool_pyramid(
+    x, boxes, image_shapes, names, output_size, sampling_ratio, canonical_scale, canonical_level
+) -> Tensor:
+    maps = [map for name, map in x.items() if name in names]
+    if not maps:
+        raise ValueError(f"MultiScaleRoIAlign: the maps must include some of {names}, got {list(x)}")
+    if not image_shapes:
+        raise ValueError("MultiScaleRoIAlign: image_shapes must name at least one image, got none")
+    height = max(shape[0] for shape in image_shapes)
+    return multi_scale_roi_align(
+        maps,
+        boxes,
+        output_size,
+        spatial_scales=[2.0 ** round(math.log2(map.shape[-2] / height)) for map in maps],
+        sampling_ratio=sampling_ratio,
+        canonical_scale=canonical_scale,
+        canonical_level=canonical_level,
+    )
