@@ -186,6 +186,7 @@ def multi_scale_roi_align(
     _check_scale(op, "canonical_scale", canonical_scale)
     if not features:
         raise ValueError(f"{op}: features must be 1 to 8 maps, got none")
+    _library.refuse_forward_mode(op, *features)
     rows = _rows(op, boxes, features[0])
     return _library.ops.multi_scale_roi_align(
         features, rows, spatial_scales, bins_y, bins_x, sampling_ratio, aligned, canonical_scale, canonical_level
@@ -206,6 +207,7 @@ def _check_scale(op: str, name: str, scale: float) -> None:
 
 def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int = 4) -> Tensor:
     """RoIs as one tensor [K, 1 + coordinates] in the dtype of the computation, batch index first."""
+    _library.refuse_forward_mode(op, input)
     if isinstance(boxes, Tensor):
         if boxes.ndim != 2 or boxes.shape[1] != coordinates + 1:
             raise BoxFormatError(f"{op}: boxes must have shape [K, {coordinates + 1}], got {list(boxes.shape)}")

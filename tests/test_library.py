@@ -212,7 +212,15 @@ class TestEveryOp:
 
 BOXES = torch.tensor([[0.0, 0, 8, 8], [2, 2, 6, 9]])
 LOGITS = torch.zeros(2, 4)
+MAP, ROIS = torch.zeros(1, 4, 8, 8), torch.tensor([[0, 1.0, 1, 6, 6]])
 DIFFERENTIABLE = {
+    "roi_align": lambda: detops.roi_align(_dual(MAP), ROIS, 2),
+    "roi_align_max": lambda: detops.roi_align(_dual(MAP), ROIS, 2, mode="max"),
+    "roi_align_rotated": lambda: detops.roi_align_rotated(_dual(MAP), torch.zeros(1, 6), 2),
+    "multi_scale_roi_align": lambda: detops.multi_scale_roi_align([MAP, _dual(MAP)], ROIS, 2, spatial_scales=[1, 0.5]),
+    "roi_pool": lambda: detops.roi_pool(_dual(MAP), ROIS, 2),
+    "ps_roi_align": lambda: detops.ps_roi_align(_dual(MAP), ROIS, 2),
+    "ps_roi_pool": lambda: detops.ps_roi_pool(_dual(MAP), ROIS, 2),
     "box_iou": lambda: detops.box_iou(_dual(BOXES), BOXES),
     "focal_loss": lambda: detops.sigmoid_focal_loss(_dual(LOGITS), LOGITS),
     "distribution_focal_loss": lambda: detops.distribution_focal_loss(_dual(LOGITS), torch.zeros(2)),

@@ -21,11 +21,6 @@ def layout(request):
     return request.param
 
 
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")
-
-
 def expect_close(got, expected, dtype, scale=1.0):
     np.testing.assert_allclose(to_numpy(got), expected, rtol=0, atol=tolerance(dtype) * scale)
 

@@ -19,11 +19,6 @@ def layout(request):
     return request.param
 
 
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")
-
-
 def pyramid(dtype=torch.float32, layout="contiguous", channels=3, device="cpu", images=2):
     sizes = ((20, 28), (10, 14), (5, 7))
     return [

@@ -40,11 +40,6 @@ def layout(request):
     return request.param
 
 
-@pytest.fixture
-def torchvision():
-    return pytest.importorskip("torchvision")
-
-
 def rois_for(op, n, images, width, height, seed=0):
     rois = random_rois(n, images, width, height, seed)
     return turned(rois, seed) if op == "roi_align_rotated" else rois

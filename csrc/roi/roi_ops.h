@@ -35,10 +35,6 @@ inline Tensor allocate_in_format(const char* op, const std::vector<int64_t>& siz
   return allocate_strided(op, sizes, {row * max_of<int64_t>(sizes[2], 1), 1, row, channels}, dtype, like);
 }
 
-inline ScalarType compute_dtype(ScalarType dtype) {
-  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 inline void check_map(const char* op, const char* argument, const Tensor& map) {
   check_shape(op, argument, map, "[N, C, H, W]", {-1, -1, -1, -1});
   check_floating(op, argument, map);
