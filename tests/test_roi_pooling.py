@@ -342,10 +342,12 @@ def test_compile_and_export(op, layout):
 def test_equals_torchvision(torchvision, device, op, layout, ratio):
     size = (3, 2)
     input = random_map((2, channels_for(op, 4, size), 20, 31), torch.float32, layout)
-    rows = np.concatenate([random_rois(60, 2, 124, 80), np.round(random_rois(20, 2, 124, 80)) + 2, edge_rois()])
+    whole = np.round(random_rois(20, 2, 124, 80)) + [0, 2, 2, 2, 2]  # corners halfway between pixels of the map
+    rows = np.concatenate([random_rois(60, 2, 124, 80), whole, edge_rois()])
     rows = rows[np.isfinite(rows).all(1)]
     if op == "ps_roi_align":
-        rows = rows[(rows[:, 3:] > rows[:, 1:3]).all(1)]  # else torchvision gives NaN
+        corners = rows[:, 1:].astype(np.float32) * np.float32(0.25) - np.float32(0.5)
+        rows = rows[(corners[:, 2:] > corners[:, :2]).all(1)]  # else torchvision gives NaN
     boxes = torch.from_numpy(rows).float()
     options = options_for(op, 0.25, ratio)
     ours, theirs = (input.clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))
