@@ -9,8 +9,8 @@
 //   -(i + 1 - y) log(s_i) - (y - i) log(s_(i+1))                                                      Li et al., 2020
 #pragma once
 
-#include "common/math.h"
 #include "common/logistic.h"
+#include "common/math.h"
 #include "losses/loss.h"
 
 namespace DETOPS_NAMESPACE {
