@@ -120,8 +120,8 @@ def roi_align_rotated(
     Example:
         >>> features = torch.arange(16.0).view(1, 1, 4, 4)
         >>> roi_align_rotated(features, [torch.tensor([[2., 2., 4., 4., 90.]])], 2)
-        tensor([[[[ 4.5000, 12.5000],
-                  [ 2.5000, 10.5000]]]])
+        tensor([[[[10.5000,  2.5000],
+                  [12.5000,  4.5000]]]])
 
     Source: Ma et al., Arbitrary-Oriented Scene Text Detection via Rotation Proposals, 2018; detectron2's
     ROIAlignRotated, which runs for ever or crashes on boxes that are not finite.
@@ -174,7 +174,7 @@ def multi_scale_roi_align(
         >>> features = [torch.zeros(1, 1, 64, 64), torch.ones(1, 1, 32, 32)]
         >>> boxes = torch.tensor([[0, 10., 10., 50., 50.], [0, 10., 10., 250., 250.]])
         >>> multi_scale_roi_align(features, boxes, 1, spatial_scales=[1 / 4, 1 / 8], canonical_level=3).flatten()
-        tensor([0., 1.])
+        tensor([0.0000, 1.0000])
 
     Source: Lin et al., Feature Pyramid Networks, CVPR 2017; torchvision.ops.MultiScaleRoIAlign, which pools each level
     by itself.

@@ -1,5 +1,8 @@
 """multi_scale_roi_align and the modules of the RoI ops."""
 
+import doctest
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -145,6 +148,12 @@ MODULES = {
     "PSRoIAlign": ((2, 0.5, 2), 4),
     "PSRoIPool": ((2, 0.5), 4),
 }
+
+
+@pytest.mark.parametrize("module", ["roi", "roi_pooling", "roi_modules"])
+def test_examples_of_the_docstrings(module):
+    results = doctest.testmod(sys.modules[f"detops.{module}"], extraglobs={"torch": torch})
+    assert results.attempted >= 3 and results.failed == 0
 
 
 @pytest.mark.parametrize("name", MODULES)
