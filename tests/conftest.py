@@ -121,6 +121,13 @@ def restore_threads():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler(request):
+    """What torch.compile made of a function before: it counts against a limit, and tests share functions."""
+    if "compile" in request.node.name:
+        torch.compiler.reset()
+
+
 @pytest.fixture
 def torchvision():
     """torchvision, where it is installed; a test that uses it is marked "parity"."""

@@ -1,12 +1,12 @@
 """assign_task_aligned: equal to the dense definition in reference/task_aligned.py, on every device."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
 from inputs import EDGES, edge_boxes, to_numpy
+from memory import peak_growth
 from reference import task_aligned as reference
 from yolo_scenes import Scene, grid_points, scene
 
@@ -350,8 +350,7 @@ def test_any_number_of_threads_and_every_run_give_the_same(restore_threads, devi
         assert all(map(torch.equal, detops.assign_task_aligned(*tensors), first))
 
 
-MEMORY = """
-import resource, sys, torch, detops
+PREPARE = """
 torch.manual_seed(0)
 def scene(anchors, gts):
     low = (torch.rand(gts, 2) * 600).expand(2, -1, -1)
@@ -362,15 +361,13 @@ def scene(anchors, gts):
             torch.ones(2, gts, dtype=torch.bool))
 detops.assign_task_aligned(*scene(50, 5))
 inputs = scene(20000, 500)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-targets = detops.assign_task_aligned(*inputs, dense_scores=False)
-print(int(targets.foreground.sum() > 1000), (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_the_matrix_is_never_made():
-    right, extra = map(int, subprocess.check_output([sys.executable, "-c", MEMORY], text=True).split())
+    call = "detops.assign_task_aligned(*inputs, dense_scores=False)"
+    right, extra = peak_growth(PREPARE, call, "int(result.foreground.sum() > 1000)")
     # The results take 1.5 MB; one [B, M, A] matrix of float32 would take 80 MB.
     assert right == 1 and extra < 5e6
 
