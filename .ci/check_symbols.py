@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 
-TORCH_C_SHIM = re.compile(r"(aoti_torch|torch)_[a-z0-9_]+$")
+TORCH_C_SHIM = re.compile(r"(aoti_torch|torch)_[A-Za-z0-9_]+$")
 SYSTEM_VERSION = re.compile(r"@(GLIBC|GLIBCXX|CXXABI|GCC)_[0-9.]+$")
 # libtorch exports a few templates of libstdc++ without a version, so the linker records them without one.
 STANDARD_LIBRARY = re.compile(r"_ZN?K?St(?!.*(3c10|2at|5torch))")
