@@ -169,8 +169,8 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
         >>> remove_small_boxes(torch.tensor([[0., 0., 9., 1.], [0., 0., 9., 2.]]), 2.0)
         tensor([1])
 
-    Source: torchvision.ops.remove_small_boxes. (It subtracts halves in their own precision, and of batched boxes it
-    gives the first index only.)
+    Source: torchvision.ops.remove_small_boxes. (It subtracts halves and narrow integers in their own dtype, and of
+    batched boxes it gives the first index only.)
     """
     if min_size != min_size:
         raise ValueError("remove_small_boxes: min_size must be a number, got nan")

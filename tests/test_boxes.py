@@ -317,8 +317,9 @@ def test_the_values_and_gradients_of_torchvision(torchvision, dtype, gradient):
             if in_fmt == out_fmt and in_fmt in UNROTATED:
                 check_same("box_area", boxes, in_fmt)
                 check_same("clip_boxes_to_image", boxes, (99, 77))
-    boxes = to_torch(boxes_in("xyxy", 500), torch.float64).to(dtype)
-    assert torch.equal(detops.remove_small_boxes(boxes, 25.5), ops.remove_small_boxes(boxes, 25.5))
+    if dtype != torch.uint8:  # which wrap around in torchvision
+        boxes = to_torch(boxes_in("xyxy", 500), torch.float64).to(dtype)
+        assert torch.equal(detops.remove_small_boxes(boxes, 25.5), ops.remove_small_boxes(boxes, 25.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
