@@ -140,7 +140,7 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, align
     Example:
         >>> box1, box2 = torch.tensor([[0., 0., 2., 1.]]), torch.tensor([[0., 0., 1., 2.]])
         >>> complete_box_iou(box1, box2)
-        tensor([[0.2485]])
+        tensor([[0.2371]])
 
     Source: Zheng et al., "Distance-IoU Loss", AAAI 2020; torchvision.ops.complete_box_iou.
     """
