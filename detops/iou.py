@@ -306,8 +306,17 @@ def _(boxes1: Tensor, boxes2: Tensor, kind: int, aligned: bool, eps: float) -> T
 
 
 @register_fake("box_iou_backward")
-def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: int, aligned: bool, eps: float) -> tuple[Tensor, Tensor]:
-    return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)
+def _(
+    grad: Tensor,
+    boxes1: Tensor,
+    boxes2: Tensor,
+    kind: int,
+    aligned: bool,
+    eps: float,
+    wanted1: bool = True,
+    wanted2: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return boxes1.new_empty(boxes1.shape if wanted1 else 0), boxes2.new_empty(boxes2.shape if wanted2 else 0)
 
 
 @register_fake("rotated_box_iou")
@@ -328,7 +337,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    return *_library.ops.box_iou_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+    wanted1, wanted2, *_ = ctx.needs_input_grad
+    of1, of2 = _library.ops.box_iou_backward(grad, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
+    return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
 
 
 def _second_derivative(ctx, *grads):
