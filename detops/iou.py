@@ -140,7 +140,7 @@ def complete_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, align
     Example:
         >>> box1, box2 = torch.tensor([[0., 0., 2., 1.]]), torch.tensor([[0., 0., 1., 2.]])
         >>> complete_box_iou(box1, box2)
-        tensor([[0.2485]])
+        tensor([[0.2371]])
 
     Source: Zheng et al., "Distance-IoU Loss", AAAI 2020; torchvision.ops.complete_box_iou.
     """
@@ -306,8 +306,17 @@ def _(boxes1: Tensor, boxes2: Tensor, kind: int, aligned: bool, eps: float) -> T
 
 
 @register_fake("box_iou_backward")
-def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: int, aligned: bool, eps: float) -> tuple[Tensor, Tensor]:
-    return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)
+def _(
+    grad: Tensor,
+    boxes1: Tensor,
+    boxes2: Tensor,
+    kind: int,
+    aligned: bool,
+    eps: float,
+    wanted1: bool = True,
+    wanted2: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return boxes1.new_empty(boxes1.shape if wanted1 else 0), boxes2.new_empty(boxes2.shape if wanted2 else 0)
 
 
 @register_fake("rotated_box_iou")
@@ -328,7 +337,9 @@ def _save_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    return *_library.ops.box_iou_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+    wanted1, wanted2, *_ = ctx.needs_input_grad
+    of1, of2 = _library.ops.box_iou_backward(grad, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
+    return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
 
 
 def _second_derivative(ctx, *grads):

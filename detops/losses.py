@@ -411,8 +411,17 @@ def _(boxes1: Tensor, boxes2: Tensor, kind: int, eps: float, reduction: int) -> 
 
 
 @register_fake("iou_loss_backward")
-def _(grad: Tensor, boxes1: Tensor, boxes2: Tensor, kind: int, eps: float, reduction: int) -> tuple[Tensor, Tensor]:
-    return boxes1.new_empty(boxes1.shape), boxes2.new_empty(boxes2.shape)
+def _(
+    grad: Tensor,
+    boxes1: Tensor,
+    boxes2: Tensor,
+    kind: int,
+    eps: float,
+    reduction: int,
+    wanted1: bool = True,
+    wanted2: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return boxes1.new_empty(boxes1.shape if wanted1 else 0), boxes2.new_empty(boxes2.shape if wanted2 else 0)
 
 
 def _save_focal(ctx, inputs, output) -> None:
@@ -439,7 +448,9 @@ def _save_iou(ctx, inputs, output) -> None:
 
 
 def _iou_backward(ctx, grad: Tensor):
-    return *_library.ops.iou_loss_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None
+    wanted1, wanted2, *_ = ctx.needs_input_grad
+    of1, of2 = _library.ops.iou_loss_backward(grad, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
+    return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
 
 
 def _save_nothing(ctx, inputs, output) -> None:

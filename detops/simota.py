@@ -82,7 +82,7 @@ def assign_simota(
         ...     torch.zeros(1, 3, 2), torch.zeros(1, 3), boxes, points, strides, gt, torch.tensor([[1]]),
         ...     torch.tensor([[True]]),
         ... ).labels
-        tensor([[ 1,  1, -1]])
+        tensor([[ 1, -1, -1]])
 
     Source: Ge et al., "YOLOX: Exceeding YOLO Series in 2021", and its code (the defaults), which raises where an image
     has no candidate, and leaves ties open.

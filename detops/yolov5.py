@@ -66,11 +66,11 @@ def assign_yolov5(
 
     Example:
         >>> targets = assign_yolov5(
-        ...     torch.tensor([[[10., 10., 30., 30.]]]), torch.tensor([[5]]), torch.tensor([[True]]),
+        ...     torch.tensor([[[10., 10., 28., 28.]]]), torch.tensor([[5]]), torch.tensor([[True]]),
         ...     torch.tensor([[[16., 16.], [100., 100.]]]), [8], (64, 64),
         ... )
         >>> targets.counts, targets.indices[0, :3].tolist()
-        (tensor([3]), [[0, 0, 2, 2], [0, 0, 2, 3], [0, 0, 3, 2]])
+        (tensor([3]), [[0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 1, 2]])
 
     Source: YOLOv5 (2020), whose exact rows `yolov5_target_lists` gives.
     """

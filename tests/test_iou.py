@@ -318,7 +318,7 @@ def test_bad_arguments_of_the_op(device):
     with pytest.raises(RuntimeError, match="^box_iou: kind must be from 0 to 5, got 6$"):
         _library.ops.box_iou(boxes, boxes, 6, False, 0.0)
     with pytest.raises(RuntimeError, match=r"^box_iou: grad must have the shape of the result, got \[3, 2\]$"):
-        _library.ops.box_iou_backward(torch.zeros(3, 2, device=device.torch), boxes, boxes, 0, False, 0.0)
+        _library.ops.box_iou_backward(torch.zeros(3, 2, device=device.torch), boxes, boxes, 0, False, 0.0, True, True)
 
 
 @pytest.mark.parametrize("fmt", ["yxyx", "", None])

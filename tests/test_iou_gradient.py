@@ -229,6 +229,27 @@ def test_half_boxes_get_half_gradients(device, kind):
             assert ours.dtype == dtype and torch.equal(ours, wide.to(dtype))
 
 
+WANTED = [(True, True), (True, False), (False, True), (False, False)]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_one_gradient_alone_is_the_same(device, kind, aligned):
+    boxes1 = device.put(loose_boxes(40)).requires_grad_()
+    boxes2 = device.put(loose_boxes(40 if aligned else 35, seed=1)).requires_grad_()
+    weights = random_weights((40,) if aligned else (40, 35), boxes1)
+    both = gradients(lambda *boxes: FUNCTIONS[kind](*boxes, aligned=aligned), boxes1, boxes2, weights)
+    for first, second in ((boxes1, boxes2.detach()), (boxes1.detach(), boxes2)):
+        values = FUNCTIONS[kind](first, second, aligned=aligned)
+        leaf, expected = (first, both[0]) if first.requires_grad else (second, both[1])
+        assert torch.equal(*torch.autograd.grad(values, leaf, weights), expected)
+    op = _library.ops.box_iou_backward
+    for wanted in WANTED:
+        got = op(weights, boxes1.detach(), boxes2.detach(), 0, aligned, 0.0, *wanted)
+        assert [list(each.shape) for each in got] == [
+            list(boxes.shape) if want else [0] for boxes, want in zip((boxes1, boxes2), wanted, strict=True)
+        ]
+
+
 def test_no_second_derivative(device, kind):
     boxes1, boxes2 = (device.put(loose_boxes(3, seed)).requires_grad_() for seed in (0, 1))
     first = torch.autograd.grad(FUNCTIONS[kind](boxes1, boxes2).sum(), boxes1, create_graph=True)[0]
@@ -240,12 +261,16 @@ def test_opcheck(device):
     boxes1, boxes2 = device.put(loose_boxes(12)), device.put(loose_boxes(9, seed=1))
     weights = random_weights((12, 9), boxes1)
     for number in range(len(FUNCTIONS)):
-        torch.library.opcheck(_library.ops.box_iou_backward, (weights, boxes1, boxes2, number, False, 1e-7))
+        for wanted in WANTED:
+            torch.library.opcheck(
+                _library.ops.box_iou_backward, (weights, boxes1, boxes2, number, False, 1e-7, *wanted)
+            )
         torch.library.opcheck(
             _library.ops.box_iou,
             (boxes1.clone().requires_grad_(), boxes2.clone().requires_grad_(), number, False, 1e-7),
         )
-    torch.library.opcheck(_library.ops.box_iou_backward, (weights[0], boxes1[:9], boxes2, 0, True, 1e-7))
+    for wanted in WANTED:
+        torch.library.opcheck(_library.ops.box_iou_backward, (weights[0], boxes1[:9], boxes2, 0, True, 1e-7, *wanted))
 
 
 @pytest.mark.needs_compiler

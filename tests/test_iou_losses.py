@@ -1,5 +1,7 @@
 """The IoU losses: values against the formulas of reference/losses.py, gradients against autograd through them."""
 
+from functools import partial
+
 import inputs
 import numpy as np
 import pytest
@@ -266,6 +268,17 @@ def test_gradients_of_half_boxes(device, name):
         assert all(torch.equal(h, f.to(dtype)) for h, f in zip(half, full, strict=True))
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_one_gradient_alone_is_the_same(device, name, reduction):
+    boxes1, boxes2 = (boxes.requires_grad_() for boxes in put(device, pairs(50), torch.float32))
+    both = gradients(partial(getattr(detops.losses, name), reduction=reduction), boxes1, boxes2, reduction)
+    for first, second in ((boxes1, boxes2.detach()), (boxes1.detach(), boxes2)):
+        losses = getattr(detops.losses, name)(first, second, reduction=reduction)
+        weights = torch.linspace(-1, 1, 50).to(losses) if reduction == "none" else torch.ones_like(losses)
+        leaf, expected = (first, both[0]) if first.requires_grad else (second, both[1])
+        assert torch.equal(*torch.autograd.grad(losses, leaf, weights), expected)
+
+
 def test_no_second_derivative(device, name):
     boxes1, boxes2 = put(device, pairs(3))
     boxes1.requires_grad_()
@@ -315,7 +328,11 @@ def test_opcheck(device, kind, reduction):
     """Of detops.iou_loss and detops.iou_loss_backward."""
     boxes1, boxes2 = put(device, pairs(6), torch.float32)
     losses = _library.ops.iou_loss(boxes1, boxes2, kind, 1e-7, reduction)
-    torch.library.opcheck(_library.ops.iou_loss_backward, (losses, boxes1, boxes2, kind, 1e-7, reduction))
+    for wanted in ((True, True), (True, False), (False, True), (False, False)):
+        arguments = losses, boxes1, boxes2, kind, 1e-7, reduction, *wanted
+        torch.library.opcheck(_library.ops.iou_loss_backward, arguments)
+        shapes = [(6, 4) if want else (0,) for want in wanted]
+        assert [each.shape for each in _library.ops.iou_loss_backward(*arguments)] == shapes
     leaves = boxes1.requires_grad_(), boxes2.requires_grad_()
     torch.library.opcheck(_library.ops.iou_loss, (*leaves, kind, 1e-7, reduction))
 

@@ -1,7 +1,5 @@
 """roi_align: values, gradients, memory formats, edges, errors, and torchvision's results."""
 
-import shutil
-
 import numpy as np
 import pytest
 import torch
@@ -12,7 +10,6 @@ from roi_inputs import CHANNELS, LAYOUTS, edge_rois, random_map, random_rois, to
 import detops
 from detops import BoxFormatError, _library
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on the CPU needs g++")
 OPTIONS = [(0.25, ratio, aligned) for ratio in (-1, 1, 2, 3) for aligned in (False, True)]
 
 
@@ -338,7 +335,7 @@ def test_opcheck(device, layout, dtype):
     torch.library.opcheck(_library.ops.roi_align_backward, (grad, boxes, input.shape, *options, last))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile_and_export(layout):
     input = random_map((2, 3, 8, 9), torch.float32, layout).requires_grad_()
     boxes = [torch.from_numpy(random_rois(n, 1, 9, 8, seed=n)[:, 1:]).float() for n in (4, 2)]

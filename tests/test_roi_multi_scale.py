@@ -9,7 +9,7 @@ import torch
 from inputs import to_numpy
 from reference import roi as reference
 from roi_inputs import LAYOUTS, edge_rois, random_map, random_rois, tolerance
-from test_roi_align import in_format_of, needs_compiler
+from test_roi_align import in_format_of
 
 import detops
 from detops import _library
@@ -210,7 +210,7 @@ def test_multi_scale_module_equals_torchvision(torchvision, device, layout, rati
         torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-6 * max(1, theirs.abs().max().item()))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile_and_export(layout):
     module = detops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=40)
     features = pyramid(layout=layout)

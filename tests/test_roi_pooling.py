@@ -8,7 +8,7 @@ import torch
 from inputs import to_numpy
 from reference import roi as reference
 from roi_inputs import LAYOUTS, edge_rois, random_map, random_rois, tolerance
-from test_roi_align import in_format_of, needs_compiler
+from test_roi_align import in_format_of
 
 import detops
 from detops import BoxFormatError, _library
@@ -314,7 +314,7 @@ def test_opcheck(device, op, layout):
     torch.library.opcheck(backward, (torch.ones_like(out), winners, boxes, input.shape, *options, last))
 
 
-@needs_compiler
+@pytest.mark.needs_compiler
 def test_compile_and_export(op, layout):
     input = random_map((2, 4, 6, 7), torch.float32, layout).requires_grad_()
     boxes = torch.from_numpy(rois_for(op, 3, 2, 7, 6)).float()

@@ -109,8 +109,6 @@ __global__ void kmeans_move_kernel(const int64_t* sums, int anchor_count, SizeSc
 
 __global__ void kmeans_finish_kernel(const State* state, int64_t* iterations) { *iterations = state->iterations; }
 
-unsigned blocks_for(int64_t count, int per_block) { return static_cast<unsigned>(ceil_div<int64_t>(count, per_block)); }
-
 }  // namespace
 
 void assign_sizes_cuda(const Tensor& sizes, const Tensor& anchors, SizeMetric size_metric, const Tensor& labels,
@@ -118,10 +116,10 @@ void assign_sizes_cuda(const Tensor& sizes, const Tensor& anchors, SizeMetric si
   const CudaScope scope(sizes);
   const int64_t count = sizes.size(0);
   dispatch_size_metric(size_metric, [&](auto metric) {
-    DETOPS_LAUNCH((assign_sizes_kernel<decltype(metric)::value>), blocks_for(count, kThreads), kThreads, 0,
-                  scope.stream(), sizes.const_data_ptr<float>(), count, anchors.const_data_ptr<float>(),
-                  static_cast<int>(anchors.size(0)), labels.mutable_data_ptr<int64_t>(),
-                  affinities.mutable_data_ptr<float>());
+    DETOPS_LAUNCH(
+        (assign_sizes_kernel<decltype(metric)::value>), blocks_for("kmeans_anchors", "sizes", count, kThreads),
+        kThreads, 0, scope.stream(), sizes.const_data_ptr<float>(), count, anchors.const_data_ptr<float>(),
+        static_cast<int>(anchors.size(0)), labels.mutable_data_ptr<int64_t>(), affinities.mutable_data_ptr<float>());
   });
 }
 
@@ -139,13 +137,14 @@ void kmeans_anchors_cuda(const Tensor& sizes, SizeMetric size_metric, int64_t ma
   int* const label_data = labels.mutable_data_ptr<int>();
   int64_t* const sum_data = sums.mutable_data_ptr<int64_t>();
   float* const anchor_data = anchors.mutable_data_ptr<float>();
-  DETOPS_LAUNCH((kmeans_start_kernel), blocks_for(max_of<int64_t>(count, 3 * anchor_count), kThreads), kThreads, 0,
-                scope.stream(), count, anchor_count, label_data, sum_data, state);
+  DETOPS_LAUNCH((kmeans_start_kernel), blocks_for(op, "sizes", max_of<int64_t>(count, 3 * anchor_count), kThreads),
+                kThreads, 0, scope.stream(), count, anchor_count, label_data, sum_data, state);
   dispatch_size_metric(size_metric, [&](auto metric) {
     for (int64_t iteration = 0; iteration < max_iterations; ++iteration) {
-      DETOPS_LAUNCH((kmeans_assign_kernel<decltype(metric)::value>), blocks_for(count, kThreads * kSizesPerThread),
-                    kThreads, (3 * anchor_count + 1) * sizeof(int64_t), scope.stream(), sizes.const_data_ptr<float>(),
-                    count, anchor_data, anchor_count, scale, label_data, sum_data, state);
+      DETOPS_LAUNCH((kmeans_assign_kernel<decltype(metric)::value>),
+                    blocks_for(op, "sizes", count, kThreads * kSizesPerThread), kThreads,
+                    (3 * anchor_count + 1) * sizeof(int64_t), scope.stream(), sizes.const_data_ptr<float>(), count,
+                    anchor_data, anchor_count, scale, label_data, sum_data, state);
       DETOPS_LAUNCH((kmeans_move_kernel), 1, kThreads, 0, scope.stream(), sum_data, anchor_count, scale, state,
                     anchor_data);
     }

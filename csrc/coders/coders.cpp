@@ -173,7 +173,7 @@ void code_rows_backward_cpu(const CoderCall& call, const CoderRows& rows, const 
     const A *const second = rows.second.const_data_ptr<A>(), *const strides = data_or_null<A>(rows.strides);
     const A* const upstream = grad.const_data_ptr<A>();
     S* const of_first = grad_first.mutable_data_ptr<S>();
-    A* const of_second = grad_second == nullptr ? nullptr : grad_second->mutable_data_ptr<A>();
+    A* const of_second = data_if_wanted<A>(grad_second);
     parallel_ranges(rows.count, kGrain, [&](int64_t begin, int64_t end) {
       each_run<kColumns>(rows.map, begin, end, second, strides,
                          [&](int64_t row, int64_t count, const A* run_second, const A* run_strides) {

@@ -113,8 +113,7 @@ void code_rows_backward_cuda(const CoderCall& call, const CoderRows& rows, const
     DETOPS_LAUNCH((code_rows_backward_kernel<Coder, T, S, A>), blocks, kThreads, 0, scope.stream(), coder,
                   grad.const_data_ptr<A>(), rows.first.const_data_ptr<S>(), rows.second.const_data_ptr<A>(),
                   rows.strides.defined() ? rows.strides.const_data_ptr<A>() : nullptr, rows.map, rows.count, packed,
-                  grad_first.mutable_data_ptr<S>(),
-                  grad_second == nullptr ? nullptr : grad_second->mutable_data_ptr<A>());
+                  grad_first.mutable_data_ptr<S>(), data_if_wanted<A>(grad_second));
   });
 }
 

@@ -11,6 +11,8 @@
 //     DETOPS_REGISTER(m) { m.impl("area", TORCH_BOX(&area)); }
 #pragma once
 
+#include <type_traits>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -39,6 +41,20 @@ template <class Body>
 void dispatch_compute_type(ScalarType dtype, Body&& body) {
   if (dtype == ScalarType::Double) return body(TypeTag<double>{});
   return body(TypeTag<float>{});
+}
+
+// Calls `body` with constants that say which of two gradients are wanted: one of them at least.
+template <class Body>
+void dispatch_wanted(bool first, bool second, Body&& body) {
+  if (!second) return body(std::true_type{}, std::false_type{});
+  if (!first) return body(std::false_type{}, std::true_type{});
+  body(std::true_type{}, std::true_type{});
+}
+
+// Where to write a gradient: null where it is not wanted, as the tensor then is.
+template <class T>
+T* data_if_wanted(const Tensor* tensor) {
+  return tensor == nullptr ? nullptr : tensor->mutable_data_ptr<T>();
 }
 
 // Calls an op of PyTorch: `stack` holds its arguments and then its results.

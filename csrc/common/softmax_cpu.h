@@ -45,26 +45,29 @@ DETOPS_CLONES void read_softmax_rows(const S* first, int64_t bins, int64_t inner
 template <bool with_mean, class T>
 DETOPS_CLONES void compute_softmax(int64_t bins, SoftmaxTile<T>& tile) {
   T* const values = tile.values.data();
-  T moment[kSoftmaxRows];
-  for (int lane = 0; lane < kSoftmaxRows; ++lane) tile.max[lane] = values[lane];
+  // Of its own, as what `tile` holds could be among the values for all that the compiler knows.
+  T max[kSoftmaxRows], sum[kSoftmaxRows] = {}, moment[kSoftmaxRows] = {};
+  for (int lane = 0; lane < kSoftmaxRows; ++lane) max[lane] = values[lane];
   for (int64_t bin = 1; bin < bins; ++bin) {
     const T* const row = values + bin * kSoftmaxRows;
-    for (int lane = 0; lane < kSoftmaxRows; ++lane) tile.max[lane] = max_of(tile.max[lane], row[lane]);
+    for (int lane = 0; lane < kSoftmaxRows; ++lane) max[lane] = max_of(max[lane], row[lane]);
   }
-  for (int lane = 0; lane < kSoftmaxRows; ++lane) tile.sum[lane] = moment[lane] = T(0);
   for (int64_t bin = 0; bin < bins; ++bin) {
     T* const row = values + bin * kSoftmaxRows;
     const T number = static_cast<T>(bin);
 #pragma GCC ivdep
     for (int lane = 0; lane < kSoftmaxRows; ++lane) {
-      const T e = fast_exp_of_nonpositive(row[lane] - tile.max[lane]);
+      const T e = fast_exp_of_nonpositive(row[lane] - max[lane]);
       row[lane] = e;
-      tile.sum[lane] += e;
+      sum[lane] += e;
       if (with_mean) moment[lane] += number * e;
     }
   }
-  if (!with_mean) return;
-  for (int lane = 0; lane < kSoftmaxRows; ++lane) tile.mean[lane] = moment[lane] / tile.sum[lane];
+  for (int lane = 0; lane < kSoftmaxRows; ++lane) {
+    tile.max[lane] = max[lane];
+    tile.sum[lane] = sum[lane];
+    if (with_mean) tile.mean[lane] = moment[lane] / sum[lane];
+  }
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -93,32 +93,32 @@ DETOPS_CLONES void aligned_gradient_range(const T* boxes1, const T* boxes2, cons
   for (int64_t i = begin; i < end; ++i) {
     const PairGradient<T> gradient = iou_gradient<kind>(iou_box<kind>(load_box<T>(boxes1 + 4 * i)),
                                                         iou_box<kind>(load_box<T>(boxes2 + 4 * i)), eps, grad[i]);
-    store_box(gradient.a, grad1 + 4 * i);
-    store_box(gradient.b, grad2 + 4 * i);
+    if (grad1 != nullptr) store_box(gradient.a, grad1 + 4 * i);
+    if (grad2 != nullptr) store_box(gradient.b, grad2 + 4 * i);
   }
 }
 
-// Gradients of one row of pairs: with respect to its first box, and added to `sums` with respect to the second ones.
-// A fixed number of lanes, so that the sums are the same for every instruction set.
-template <IouKind kind, class T>
+// Gradients of one row of pairs: with respect to its first box, and added to `sums` with respect to the second ones,
+// where wanted. A fixed number of lanes, so that the sums are the same for every instruction set.
+template <IouKind kind, bool first, bool second, class T>
 DETOPS_CLONES Box<T> gradient_row(const IouBox<T>& a, const IouColumns<T>& columns, const T* grad, int64_t count, T eps,
                                   T* __restrict__ sums) {
   constexpr int kLanes = 16;
   T lanes[4][kLanes] = {};
-  T* const sum_x1 = sums;
-  T* const sum_y1 = sums + count;
-  T* const sum_x2 = sums + 2 * count;
-  T* const sum_y2 = sums + 3 * count;
   const auto add = [&](int64_t j, int lane) __attribute__((always_inline)) {
     const PairGradient<T> gradient = iou_gradient<kind>(a, columns.at(j), eps, grad[j]);
-    lanes[0][lane] += gradient.a.x1;
-    lanes[1][lane] += gradient.a.y1;
-    lanes[2][lane] += gradient.a.x2;
-    lanes[3][lane] += gradient.a.y2;
-    sum_x1[j] += gradient.b.x1;
-    sum_y1[j] += gradient.b.y1;
-    sum_x2[j] += gradient.b.x2;
-    sum_y2[j] += gradient.b.y2;
+    if (first) {
+      lanes[0][lane] += gradient.a.x1;
+      lanes[1][lane] += gradient.a.y1;
+      lanes[2][lane] += gradient.a.x2;
+      lanes[3][lane] += gradient.a.y2;
+    }
+    if (second) {
+      sums[j] += gradient.b.x1;
+      sums[count + j] += gradient.b.y1;
+      sums[2 * count + j] += gradient.b.x2;
+      sums[3 * count + j] += gradient.b.y2;
+    }
   };
   int64_t j = 0;
   for (; j + kLanes <= count; j += kLanes) {
@@ -135,13 +135,13 @@ DETOPS_CLONES Box<T> gradient_row(const IouBox<T>& a, const IouColumns<T>& colum
 
 // The rows of each image fall into a number of blocks that depends on nothing but their count. Each block sums up the
 // gradients of the second boxes for itself; the blocks' sums are added in order.
-template <IouKind kind, class T>
+template <IouKind kind, bool first, bool second, class T>
 void pairwise_gradient(const T* boxes1, const T* boxes2, const T* grad, const IouShape& shape, T eps, T* grad1,
                        T* grad2) {
   const auto columns = AllColumns<T>::template make<kind>(boxes2, shape);
   const int64_t rows_per_block = max_of<int64_t>(64, ceil_div<int64_t>(shape.rows, 16));
   const int64_t blocks = ceil_div(shape.rows, rows_per_block);
-  const int64_t sums_per_block = 4 * shape.columns;
+  const int64_t sums_per_block = second ? 4 * shape.columns : 0;
   parallel_items(shape.batch, [&](const auto& next_image) {
     const std::unique_ptr<T[]> sums(new T[blocks * sums_per_block]);
     for (int64_t image = next_image(); image >= 0; image = next_image()) {
@@ -155,13 +155,13 @@ void pairwise_gradient(const T* boxes1, const T* boxes2, const T* grad, const Io
           for (int64_t row = block * rows_per_block; row < end; ++row) {
             const int64_t pair_row = image * shape.rows + row;
             const Box<T> box = load_box<T>(boxes1 + image * shape.stride1 + 4 * row);
-            const Box<T> gradient = gradient_row<kind>(iou_box<kind>(box), image_columns,
-                                                       grad + pair_row * shape.columns, shape.columns, eps, block_sums);
-            store_box(gradient, grad1 + 4 * pair_row);
+            const Box<T> gradient = gradient_row<kind, first, second>(
+                iou_box<kind>(box), image_columns, grad + pair_row * shape.columns, shape.columns, eps, block_sums);
+            if (first) store_box(gradient, grad1 + 4 * pair_row);
           }
         }
       });
-      for (int64_t j = 0; j < shape.columns; ++j) {
+      for (int64_t j = 0; second && j < shape.columns; ++j) {
         T total[4] = {};
         for (int64_t block = 0; block < blocks; ++block) {
           for (int k = 0; k < 4; ++k) total[k] += sums[block * sums_per_block + k * shape.columns + j];
@@ -188,13 +188,17 @@ void box_iou_cpu(const Tensor& boxes1, const Tensor& boxes2, IouKind iou_kind, b
 }
 
 void box_iou_backward_cpu(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2, IouKind iou_kind,
-                          bool aligned, const IouShape& shape, double eps, const Tensor& grad1, const Tensor& grad2) {
+                          bool aligned, const IouShape& shape, double eps, const Tensor* grad1, const Tensor* grad2) {
   dispatch_iou(boxes1.scalar_type(), iou_kind, [&](auto tag, auto kind) {
     using T = typename decltype(tag)::type;
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     const T* const grad_data = grad.const_data_ptr<T>();
-    T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
-    if (!aligned) return pairwise_gradient<kind.value>(data1, data2, grad_data, shape, T(eps), out1, out2);
+    T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
+    if (!aligned) {
+      return dispatch_wanted(out1 != nullptr, out2 != nullptr, [&](auto first, auto second) {
+        pairwise_gradient<kind.value, first.value, second.value>(data1, data2, grad_data, shape, T(eps), out1, out2);
+      });
+    }
     parallel_ranges(shape.rows, kAlignedGrain, [&](int64_t begin, int64_t end) {
       aligned_gradient_range<kind.value>(data1, data2, grad_data, begin, end, T(eps), out1, out2);
     });
@@ -227,7 +231,8 @@ Tensor box_iou(const Tensor& boxes1, const Tensor& boxes2, int64_t kind_number, 
 }
 
 std::tuple<Tensor, Tensor> box_iou_backward(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2,
-                                            int64_t kind_number, bool aligned, double eps) {
+                                            int64_t kind_number, bool aligned, double eps, bool boxes1_wanted,
+                                            bool boxes2_wanted) {
   const char* const op = kind_name(kind_number);
   const auto kind = static_cast<IouKind>(kind_number);
   IouShape shape = check_iou_boxes(op, boxes1, boxes2, aligned);
@@ -238,18 +243,19 @@ std::tuple<Tensor, Tensor> box_iou_backward(const Tensor& grad, const Tensor& bo
     fail(op, "grad must have the shape of the result, got " + shape_text(grad));
   }
   const Tensor dense_grad = as_contiguous(grad);
-  const auto like = [&](const Tensor& boxes) {
-    return allocate(op, {boxes.sizes().begin(), boxes.sizes().end()}, boxes.scalar_type(), boxes);
+  const auto like = [&](const Tensor& boxes, bool wanted) {
+    return allocate(op, wanted ? sizes_of(boxes) : std::vector<int64_t>{0}, boxes.scalar_type(), boxes);
   };
-  std::tuple<Tensor, Tensor> out{like(boxes1), like(boxes2)};
+  const Tensor grad1 = like(boxes1, boxes1_wanted), grad2 = like(boxes2, boxes2_wanted);
+  const Tensor *const wanted1 = boxes1_wanted ? &grad1 : nullptr, *const wanted2 = boxes2_wanted ? &grad2 : nullptr;
+  if (!boxes1_wanted && !boxes2_wanted) return {grad1, grad2};
   if (on_gpu(op, boxes1)) {
-    DETOPS_GPU_ONLY(box_iou_backward_cuda(dense_grad, dense1.tensor, dense2.tensor, kind, aligned, shape, eps,
-                                          std::get<0>(out), std::get<1>(out)));
+    DETOPS_GPU_ONLY(
+        box_iou_backward_cuda(dense_grad, dense1.tensor, dense2.tensor, kind, aligned, shape, eps, wanted1, wanted2));
   } else {
-    box_iou_backward_cpu(dense_grad, dense1.tensor, dense2.tensor, kind, aligned, shape, eps, std::get<0>(out),
-                         std::get<1>(out));
+    box_iou_backward_cpu(dense_grad, dense1.tensor, dense2.tensor, kind, aligned, shape, eps, wanted1, wanted2);
   }
-  return out;
+  return {grad1, grad2};
 }
 
 }  // namespace
@@ -257,8 +263,8 @@ std::tuple<Tensor, Tensor> box_iou_backward(const Tensor& grad, const Tensor& bo
 STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
   m.def("box_iou(Tensor boxes1, Tensor boxes2, int kind, bool aligned, float eps) -> Tensor");
   m.def(
-      "box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, bool aligned, float eps) -> "
-      "(Tensor, Tensor)");
+      "box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, bool aligned, float eps, "
+      "bool boxes1_wanted=True, bool boxes2_wanted=True) -> (Tensor, Tensor)");
 }
 
 DETOPS_REGISTER(m) {

@@ -2,7 +2,7 @@
 //
 // Ops and shapes. Boxes are xyxy; results are float32, and float64 for float64 boxes.
 //   box_iou           boxes1 [..., N, 4], boxes2 [..., M, 4] -> [..., N, M], or aligned: both [..., 4] -> [...]
-//   box_iou_backward  the gradient of that, with respect to both
+//   box_iou_backward  the gradient of that, with respect to both; an empty tensor for one that is not wanted
 //   max_iou           boxes1 [..., N, 4], boxes2 [..., M, 4], valid [..., M] -> values, indices [..., N]
 //
 // With intersection I, areas A and B, union U = A + B - I, and the smallest box around both of sides ew and eh:

@@ -61,8 +61,8 @@ __global__ void box_iou_aligned_backward_kernel(const T* grad, const T* boxes1, 
   if (i >= count) return;
   const PairGradient<T> gradient = iou_gradient<kind>(iou_box<kind>(load_box<T>(boxes1 + 4 * i)),
                                                       iou_box<kind>(load_box<T>(boxes2 + 4 * i)), eps, grad[i]);
-  store_box(gradient.a, grad1 + 4 * i);
-  store_box(gradient.b, grad2 + 4 * i);
+  if (grad1 != nullptr) store_box(gradient.a, grad1 + 4 * i);
+  if (grad2 != nullptr) store_box(gradient.b, grad2 + 4 * i);
 }
 
 // Gradients of the first boxes: one warp per row of pairs.
@@ -153,7 +153,7 @@ void box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, IouKind iou_kind, 
 }
 
 void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2, IouKind iou_kind,
-                           bool aligned, const IouShape& shape, double eps, const Tensor& grad1, const Tensor& grad2) {
+                           bool aligned, const IouShape& shape, double eps, const Tensor* grad1, const Tensor* grad2) {
   const char* const op = "box_iou_backward";
   const CudaScope scope(boxes1);
   const cudaStream_t stream = scope.stream();
@@ -162,19 +162,19 @@ void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tenso
     constexpr IouKind kKind = decltype(kind)::value;
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     const T* const grad_data = grad.const_data_ptr<T>();
-    T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
+    T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
     if (aligned) {
       if (shape.rows == 0) return;
       DETOPS_LAUNCH((box_iou_aligned_backward_kernel<kKind, T>), blocks_for(op, "the boxes", shape.rows, kThreads),
                     kThreads, 0, stream, grad_data, data1, data2, shape.rows, T(eps), out1, out2);
       return;
     }
-    if (shape.batch * shape.rows > 0) {
+    if (out1 != nullptr && shape.batch * shape.rows > 0) {
       DETOPS_LAUNCH((box_iou_backward_rows_kernel<kKind, T>),
                     blocks_for(op, "the boxes", shape.batch * shape.rows, kWarps), kThreads, 0, stream, grad_data,
                     data1, data2, shape, T(eps), out1);
     }
-    if (shape.batch * shape.columns == 0) return;
+    if (out2 == nullptr || shape.batch * shape.columns == 0) return;
     const int64_t rows_per_block = max_of<int64_t>(32, ceil_div<int64_t>(shape.rows, 128));
     const int64_t row_blocks = ceil_div(shape.rows, rows_per_block);
     const int64_t sums = shape.batch * row_blocks * shape.columns;

@@ -98,11 +98,11 @@ void dispatch_iou(ScalarType dtype, IouKind kind, Body&& body) {
   });
 }
 
-// The launches. Arguments were checked; outputs are allocated.
+// The launches. Arguments were checked; outputs are allocated. One of two gradients may be null: not wanted.
 void box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, IouKind kind, bool aligned, const IouShape& shape,
                   double eps, const Tensor& out);
 void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2, IouKind kind, bool aligned,
-                           const IouShape& shape, double eps, const Tensor& grad1, const Tensor& grad2);
+                           const IouShape& shape, double eps, const Tensor* grad1, const Tensor* grad2);
 void rotated_box_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, bool aligned, const IouShape& shape,
                           const Tensor& out);
 void max_iou_cuda(const Tensor& boxes1, const Tensor& boxes2, const Tensor* valid, const IouShape& shape,

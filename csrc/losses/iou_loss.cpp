@@ -16,15 +16,15 @@ DETOPS_CLONES void iou_loss_values(const T* boxes1, const T* boxes2, int64_t cou
   }
 }
 
-template <IouLossKind kind, class T>
+template <IouLossKind kind, bool first, bool second, class T>
 DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamView<T>& grad, int64_t begin,
                                       int64_t end, T eps, T* __restrict__ grad1, T* __restrict__ grad2) {
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
     const PairGradient<T> gradient =
         iou_loss_gradient<kind>(load_box<T>(boxes1 + 4 * i), load_box<T>(boxes2 + 4 * i), eps, grad.at(i));
-    store_box(gradient.a, grad1 + 4 * i);
-    store_box(gradient.b, grad2 + 4 * i);
+    if (first) store_box(gradient.a, grad1 + 4 * i);
+    if (second) store_box(gradient.b, grad2 + 4 * i);
   }
 }
 
@@ -41,14 +41,16 @@ void iou_loss_cpu(const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_k
 }
 
 void iou_loss_backward_cpu(const Upstream& upstream, const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_kind,
-                           double eps, const Tensor& grad1, const Tensor& grad2) {
+                           double eps, const Tensor* grad1, const Tensor* grad2) {
   dispatch_iou_loss(boxes1.scalar_type(), loss_kind, [&](auto tag, auto kind) {
     using T = typename decltype(tag)::type;
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
-    T *const out1 = grad1.mutable_data_ptr<T>(), *const out2 = grad2.mutable_data_ptr<T>();
+    T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
     const UpstreamView<T> grad(upstream);
-    parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
-      iou_loss_gradients<kind.value>(data1, data2, grad, begin, end, T(eps), out1, out2);
+    dispatch_wanted(out1 != nullptr, out2 != nullptr, [&](auto first, auto second) {
+      parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
+        iou_loss_gradients<kind.value, first.value, second.value>(data1, data2, grad, begin, end, T(eps), out1, out2);
+      });
     });
   });
 }
@@ -92,21 +94,23 @@ Tensor iou_loss(const Tensor& boxes1, const Tensor& boxes2, int64_t kind_number,
 }
 
 std::tuple<Tensor, Tensor> iou_loss_backward(const Tensor& grad, const Tensor& boxes1, const Tensor& boxes2,
-                                             int64_t kind_number, double eps, int64_t reduction_number) {
+                                             int64_t kind_number, double eps, int64_t reduction_number,
+                                             bool boxes1_wanted, bool boxes2_wanted) {
   const char* const op = iou_loss_name(kind_number);
   const IouLossKind kind = static_cast<IouLossKind>(kind_number);
   const Reduction reduction = checked_reduction(op, reduction_number);
   const std::vector<int64_t> sizes = checked_pairs(op, boxes1, boxes2);
   const Upstream upstream = checked_upstream(op, grad, sizes, reduction, boxes1.scalar_type(), boxes1);
-  const std::vector<int64_t> shape = sizes_of(boxes1);
-  const Tensor grad1 = allocate(op, shape, boxes1.scalar_type(), boxes1);
-  const Tensor grad2 = allocate(op, shape, boxes1.scalar_type(), boxes1);
-  if (boxes1.numel() == 0) return {grad1, grad2};
+  const std::vector<int64_t> shape = sizes_of(boxes1), none{0};
+  const Tensor grad1 = allocate(op, boxes1_wanted ? shape : none, boxes1.scalar_type(), boxes1);
+  const Tensor grad2 = allocate(op, boxes2_wanted ? shape : none, boxes1.scalar_type(), boxes1);
+  const Tensor *const wanted1 = boxes1_wanted ? &grad1 : nullptr, *const wanted2 = boxes2_wanted ? &grad2 : nullptr;
+  if (boxes1.numel() == 0 || (!boxes1_wanted && !boxes2_wanted)) return {grad1, grad2};
   const Tensor dense1 = as_contiguous(boxes1), dense2 = as_contiguous(boxes2);
   if (on_gpu(op, boxes1)) {
-    DETOPS_GPU_ONLY(iou_loss_backward_cuda(upstream, dense1, dense2, kind, eps, grad1, grad2));
+    DETOPS_GPU_ONLY(iou_loss_backward_cuda(upstream, dense1, dense2, kind, eps, wanted1, wanted2));
   } else {
-    iou_loss_backward_cpu(upstream, dense1, dense2, kind, eps, grad1, grad2);
+    iou_loss_backward_cpu(upstream, dense1, dense2, kind, eps, wanted1, wanted2);
   }
   return {grad1, grad2};
 }
@@ -116,8 +120,8 @@ std::tuple<Tensor, Tensor> iou_loss_backward(const Tensor& grad, const Tensor& b
 STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
   m.def("iou_loss(Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction) -> Tensor");
   m.def(
-      "iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction) -> "
-      "(Tensor, Tensor)");
+      "iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction, "
+      "bool boxes1_wanted=True, bool boxes2_wanted=True) -> (Tensor, Tensor)");
 }
 
 DETOPS_REGISTER(m) {

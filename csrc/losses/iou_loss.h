@@ -2,7 +2,7 @@
 //
 // Ops and shapes. Boxes are xyxy, float32 or float64.
 //   iou_loss           boxes1, boxes2 [..., 4] -> losses [...] or a scalar
-//   iou_loss_backward  its gradient with respect to both
+//   iou_loss_backward  its gradient with respect to both; an empty tensor for one that is not wanted
 //
 // With intersection I, union U, iou = I / (U + eps), the smallest box around both of sides ew and eh, and the squared
 // distance d of the centres (dx, dy):
@@ -248,10 +248,11 @@ void dispatch_iou_loss(ScalarType dtype, IouLossKind kind, Body&& body) {
   });
 }
 
-// The launches. Arguments were checked, outputs are allocated; there is at least one pair for a gradient.
+// The launches. Arguments were checked, outputs are allocated; there is at least one pair for a gradient. One of the
+// gradients may be null: not wanted.
 void iou_loss_cuda(const Tensor& boxes1, const Tensor& boxes2, IouLossKind kind, double eps, Reduction reduction,
                    const Tensor& out);
 void iou_loss_backward_cuda(const Upstream& upstream, const Tensor& boxes1, const Tensor& boxes2, IouLossKind kind,
-                            double eps, const Tensor& grad1, const Tensor& grad2);
+                            double eps, const Tensor* grad1, const Tensor* grad2);
 
 }  // namespace DETOPS_NAMESPACE

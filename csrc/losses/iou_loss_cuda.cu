@@ -41,8 +41,8 @@ __global__ void iou_loss_backward_kernel(UpstreamView<T> grad, const T* boxes1, 
   if (i >= count) return;
   const PairGradient<T> gradient =
       iou_loss_gradient<kind>(load_box_packed(boxes1, i, packed), load_box_packed(boxes2, i, packed), eps, grad.at(i));
-  store_box_packed(gradient.a, i, packed, grad1);
-  store_box_packed(gradient.b, i, packed, grad2);
+  if (grad1 != nullptr) store_box_packed(gradient.a, i, packed, grad1);
+  if (grad2 != nullptr) store_box_packed(gradient.b, i, packed, grad2);
 }
 
 bool are_packed(const Tensor& boxes1, const Tensor& boxes2) {
@@ -67,7 +67,7 @@ void iou_loss_cuda(const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_
 }
 
 void iou_loss_backward_cuda(const Upstream& upstream, const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_kind,
-                            double eps, const Tensor& grad1, const Tensor& grad2) {
+                            double eps, const Tensor* grad1, const Tensor* grad2) {
   const CudaScope scope(boxes1);
   const int64_t count = boxes1.numel() / 4;
   const unsigned blocks = blocks_for("iou_loss", "the inputs", count, kLossThreads);
@@ -75,7 +75,7 @@ void iou_loss_backward_cuda(const Upstream& upstream, const Tensor& boxes1, cons
     using T = typename decltype(tag)::type;
     DETOPS_LAUNCH((iou_loss_backward_kernel<decltype(kind)::value, T>), blocks, kLossThreads, 0, scope.stream(),
                   UpstreamView<T>(upstream), boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(), count, T(eps),
-                  are_packed(boxes1, boxes2), grad1.mutable_data_ptr<T>(), grad2.mutable_data_ptr<T>());
+                  are_packed(boxes1, boxes2), data_if_wanted<T>(grad1), data_if_wanted<T>(grad2));
   });
 }
 

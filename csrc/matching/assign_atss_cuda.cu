@@ -137,11 +137,6 @@ void assign_atss_cuda(const MatchInputs& inputs, const AtssLevels& levels, const
   const CudaScope scope(inputs.anchors);
   const cudaStream_t stream = scope.stream();
   const int64_t boxes = inputs.images * inputs.gts, items = boxes * levels.all_candidates, anchors = indices.numel();
-  const auto blocks_of = [&](int64_t count) {
-    const int64_t blocks = ceil_div<int64_t>(count, kThreads);
-    if (blocks > INT32_MAX) fail(op, "the images must have fewer anchors and boxes in all");
-    return static_cast<unsigned>(blocks);
-  };
   dispatch_compute_type(inputs.anchors.scalar_type(), [&](auto tag) {
     using T = typename decltype(tag)::type;
     const auto scratch = [&](int64_t count, size_t size) {
@@ -162,13 +157,13 @@ void assign_atss_cuda(const MatchInputs& inputs, const AtssLevels& levels, const
     check_cuda(cudaMemsetAsync(tensors.best, 0, anchors * sizeof(T), stream), op);
     check_cuda(cudaMemsetAsync(tensors.winner, kNobody & 0xff, anchors * sizeof(int), stream), op);
     if (boxes > 0) {
-      if (boxes > INT32_MAX) fail(op, "gt_boxes must have at most 2^31 rows in all");
-      DETOPS_LAUNCH((atss_candidates_kernel<T>), static_cast<unsigned>(boxes), kThreads, 0, stream, tensors, levels);
-      DETOPS_LAUNCH((atss_resolve_kernel<T>), blocks_of(items), kThreads, 0, stream, tensors, levels.all_candidates,
-                    items);
+      DETOPS_LAUNCH((atss_candidates_kernel<T>), blocks_for(op, "gt_boxes", boxes, 1), kThreads, 0, stream, tensors,
+                    levels);
+      DETOPS_LAUNCH((atss_resolve_kernel<T>), blocks_for(op, "gt_boxes", items, kThreads), kThreads, 0, stream, tensors,
+                    levels.all_candidates, items);
     }
-    DETOPS_LAUNCH((atss_write_kernel<T>), blocks_of(anchors), kThreads, 0, stream, tensors, anchors,
-                  indices.mutable_data_ptr<int64_t>(), ious.mutable_data_ptr<T>());
+    DETOPS_LAUNCH((atss_write_kernel<T>), blocks_for(op, "anchors", anchors, kThreads), kThreads, 0, stream, tensors,
+                  anchors, indices.mutable_data_ptr<int64_t>(), ious.mutable_data_ptr<T>());
   });
 }
 

@@ -82,33 +82,48 @@ struct PlaneSums {
   }
 };
 
-// interleaved[j][plane] = values[plane][j]
-template <int planes, class T>
-DETOPS_HD void interleave(const T* __restrict__ values, int count, T* __restrict__ interleaved) {
-  int j = 0;
-  if constexpr (planes % 4 == 0 && std::is_same_v<T, float>) {
-    // Compilers do not find the shuffles that turn 4 x 4 values.
-    typedef float Four __attribute__((vector_size(16)));
-    typedef int Order __attribute__((vector_size(16)));
-    for (; j + 4 <= count; j += 4) {
-      for (int plane = 0; plane < planes; plane += 4) {
-        Four row[4], pair[4];
-        for (int i = 0; i < 4; ++i) memcpy(&row[i], values + (plane + i) * count + j, sizeof(Four));
-        for (int i = 0; i < 2; ++i) {
-          pair[i] = __builtin_shuffle(row[2 * i], row[2 * i + 1], Order{0, 4, 1, 5});
-          pair[i + 2] = __builtin_shuffle(row[2 * i], row[2 * i + 1], Order{2, 6, 3, 7});
-        }
-        for (int i = 0; i < 2; ++i) {
-          const Four even = __builtin_shuffle(pair[2 * i], pair[2 * i + 1], Order{0, 1, 4, 5});
-          const Four odd = __builtin_shuffle(pair[2 * i], pair[2 * i + 1], Order{2, 3, 6, 7});
-          memcpy(interleaved + (j + 2 * i) * planes + plane, &even, sizeof(Four));
-          memcpy(interleaved + (j + 2 * i + 1) * planes + plane, &odd, sizeof(Four));
-        }
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DETOPS_HAS_SHUFFLE
+#endif
+#endif
+
+// out[j][i] = in[i][j] for 4 x 4 values. Compilers do not find the shuffles that do it.
+#if defined(DETOPS_HAS_SHUFFLE)
+DETOPS_HD void transpose_four(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  typedef float Four __attribute__((vector_size(16)));
+  Four row[4];
+  for (int i = 0; i < 4; ++i) memcpy(&row[i], in + i * in_stride, sizeof(Four));
+  const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
+             b = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Four c = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
+             d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  const Four turned[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
+                          __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
+  for (int j = 0; j < 4; ++j) memcpy(out + j * out_stride, &turned[j], sizeof(Four));
+}
+#endif
+
+// out[j][i] = in[i][j] for i < rows, j < columns.
+template <class S, class T>
+DETOPS_HD void transpose(const T* __restrict__ in, int64_t in_stride, int64_t rows, int64_t columns,
+                         S* __restrict__ out, int64_t out_stride) {
+  int64_t done_rows = 0, done_columns = 0;
+#if defined(DETOPS_HAS_SHUFFLE)
+  if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
+    done_rows = rows / 4 * 4;
+    done_columns = columns / 4 * 4;
+    for (int64_t i = 0; i < done_rows; i += 4) {
+      for (int64_t j = 0; j < done_columns; j += 4) {
+        transpose_four(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
       }
     }
   }
-  for (; j < count; ++j) {
-    for (int plane = 0; plane < planes; ++plane) interleaved[j * planes + plane] = values[plane * count + j];
+#endif
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = i < done_rows ? done_columns : 0; j < columns; ++j) {
+      out[j * out_stride + i] = static_cast<S>(in[i * in_stride + j]);
+    }
   }
 }
 
@@ -129,7 +144,7 @@ DETOPS_HD void pool_few_planes(const S* const (&left)[planes], int64_t width, co
       }
     }
     if (rows.count() > 0) {
-      interleave<planes>(row_sums, count, interleaved);
+      transpose(row_sums, count, planes, count, interleaved, planes);
     }
     for (int q = 0; q < bins_x; ++q) {
       T sums[planes] = {};
@@ -160,19 +175,7 @@ DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, i
     left[plane] = planes + min_of(plane, count - 1) * height * width + columns.begin;
   }
   pool_few_planes(left, width, table, bins_x, columns, row_sums, interleaved, bins);
-  if (count == kPlanes) {
-    for (int64_t i = 0; i < bins_of_plane; ++i) {
-      for (int plane = 0; plane < kPlanes; ++plane) {
-        out[plane * bins_of_plane + i] = static_cast<S>(bins[i * kPlanes + plane]);
-      }
-    }
-  } else {
-    for (int plane = 0; plane < count; ++plane) {
-      for (int64_t i = 0; i < bins_of_plane; ++i) {
-        out[plane * bins_of_plane + i] = static_cast<S>(bins[i * kPlanes + plane]);
-      }
-    }
-  }
+  transpose(bins, kPlanes, bins_of_plane, count, out, bins_of_plane);
 }
 
 // ---- forward, channels_last

@@ -47,7 +47,7 @@ struct RotatedRoi {
     if (image < 0 || height <= 0 || width <= 0) return {0, 0};
     const T top = (T(-1) - y) * a, bottom = (static_cast<T>(height) - y) * a;
     const T left = (T(-1) - x) * b, right = (static_cast<T>(width) - x) * b;
-    const T rounding = T(16) * std::numeric_limits<T>::epsilon();
+    constexpr T rounding = T(16) * std::numeric_limits<T>::epsilon();
     const T extent = std::abs(x) + std::abs(y) + std::abs(axis.start);
     const T margin = T(1) + rounding * extent;
     const IndexRange range = axis.samples_between(p, min_of(top, bottom) + min_of(left, right) - margin,
