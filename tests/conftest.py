@@ -157,7 +157,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = keep
 
 
-def _some_of_each_test(items, most=12):
+def _some_of_each_test(items, most=8):
     """At most this many cases of each test, evenly spread over its parameters."""
     cases = {}
     for item in items:
