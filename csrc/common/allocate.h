@@ -2,9 +2,14 @@
 // dispatcher.
 #pragma once
 
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 #include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,6 +19,21 @@ namespace DETOPS_NAMESPACE {
 
 inline int32_t shim_dtype(ScalarType dtype) {
   return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
+// Asks for pages of 2 MB under large results on the CPU, as NumPy does: writing to fresh memory is otherwise mostly the
+// handling of a page fault for every 4 KB. Where the system does not offer them, nothing happens.
+inline void ask_for_huge_pages(const Tensor& tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t(1) << 21;
+  const size_t bytes = tensor.numel() * tensor.element_size();
+  if (bytes < 2 * kPage) return;  // less holds perhaps no whole page
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)tensor;
+#endif
 }
 
 // An uninitialised tensor of the given shape and strides on the device of `like`.
@@ -30,7 +50,9 @@ inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes
     fail(op, "cannot allocate a " + dtype_name(dtype) + " tensor of shape " + shape_text(sizes) +
                  (reason.empty() ? likely : reason));
   }
-  return Tensor(handle);
+  Tensor tensor(handle);
+  if (!like.is_cuda()) ask_for_huge_pages(tensor);
+  return tensor;
 }
 
 // An uninitialised contiguous tensor on the device of `like`.

@@ -1,7 +1,7 @@
 // roi_align (average) and its gradient on the CPU.
 //
-// Contiguous maps go plane by plane, eight at a time: the rows of a bin are added up for all columns of the RoI at
-// once, and then the columns, for all planes at once. With channels_last a pixel's channels are the vector, and each
+// Contiguous maps are read eight planes at a time: the rows of a bin are added up, eight columns together, and then
+// the columns, eight planes together. With channels_last a pixel's channels are the vector, and each
 // bin adds up its pixels.
 #pragma once
 
@@ -17,7 +17,7 @@ namespace DETOPS_NAMESPACE {
 namespace {
 
 constexpr int kLanes = 8;      // columns that are handled together
-constexpr int kPlanes = 8;     // contiguous maps of an image that are read together
+constexpr int kPlanes = 8;     // planes that are handled together
 constexpr int kChannels = 64;  // channels whose sums are kept in registers
 
 // ---- forward, contiguous
@@ -34,50 +34,14 @@ Columns columns_of(const RoiTable<T>& table, int width) {
   return {min_of(table.column_begin, width - whole), whole};
 }
 
-// sums[j] (+)= the weighted sum of `rows` rows.
-template <int rows, bool first, class S, class T>
-DETOPS_HD void add_rows(const S* columns, int64_t width, const Tap<T>* taps, int count, T* __restrict__ sums) {
-  const S* row[rows];
-  T weight[rows];
-  for (int r = 0; r < rows; ++r) {
-    row[r] = columns + taps[r].pixel * width;
-    weight[r] = taps[r].weight;
-  }
-  const auto whole = count / kLanes * kLanes;
-  for (int j = 0; j < whole; j += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      T sum = first ? T(0) : sums[j + lane];
-      for (int r = 0; r < rows; ++r) sum += weight[r] * static_cast<T>(row[r][j + lane]);
-      sums[j + lane] = sum;
-    }
-  }
-  for (int j = whole; j < count; ++j) {
-    T sum = first ? T(0) : sums[j];
-    for (int r = 0; r < rows; ++r) sum += weight[r] * static_cast<T>(row[r][j]);
-    sums[j] = sum;
-  }
-}
-
-template <bool first, class S, class T>
-DETOPS_HD void add_few_rows(const S* columns, int64_t width, const Tap<T>* taps, int rows, int count, T* sums) {
-  switch (rows) {
-    case 1: return add_rows<1, first>(columns, width, taps, count, sums);
-    case 2: return add_rows<2, first>(columns, width, taps, count, sums);
-    case 3: return add_rows<3, first>(columns, width, taps, count, sums);
-    default: return add_rows<4, first>(columns, width, taps, count, sums);
-  }
-}
-
 // Room for what pool_planes works on.
 template <class T>
 struct PlaneSums {
-  std::vector<T> rows;         // [kPlanes, columns]
-  std::vector<T> interleaved;  // [columns, kPlanes]
-  std::vector<T> bins;         // [bins, kPlanes]
+  std::vector<T> columns;  // [columns, kPlanes]
+  std::vector<T> bins;     // [bins, kPlanes]
 
-  void reserve(int columns, int64_t bins_of_plane) {
-    if (rows.size() < size_t(columns) * kPlanes) rows.resize(size_t(columns) * kPlanes);
-    interleaved.resize(rows.size());
+  void reserve(int count, int64_t bins_of_plane) {
+    if (columns.size() < size_t(count) * kPlanes) columns.resize(size_t(count) * kPlanes);
     bins.resize(bins_of_plane * kPlanes);
   }
 };
@@ -88,69 +52,82 @@ struct PlaneSums {
 #endif
 #endif
 
-// out[j][i] = in[i][j] for 4 x 4 values. Compilers do not find the shuffles that do it.
 #if defined(DETOPS_HAS_SHUFFLE)
-DETOPS_HD void transpose_four(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  typedef float Four __attribute__((vector_size(16)));
-  Four row[4];
-  for (int i = 0; i < 4; ++i) memcpy(&row[i], in + i * in_stride, sizeof(Four));
-  const Four a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5),
-             b = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-  const Four c = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5),
-             d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-  const Four turned[4] = {__builtin_shufflevector(a, c, 0, 1, 4, 5), __builtin_shufflevector(a, c, 2, 3, 6, 7),
-                          __builtin_shufflevector(b, d, 0, 1, 4, 5), __builtin_shufflevector(b, d, 2, 3, 6, 7)};
-  for (int j = 0; j < 4; ++j) memcpy(out + j * out_stride, &turned[j], sizeof(Four));
+template <class T>
+struct EightOf {
+  typedef T type __attribute__((vector_size(8 * sizeof(T))));
+};
+template <class T>
+using Eight = typename EightOf<T>::type;
+
+// out[j][i] = in[i][j] for 8 x 8 values. Compilers do not find the shuffles that do it.
+template <class T>
+DETOPS_HD void transpose_eight(const Eight<T> (&in)[8], T* out, int64_t stride) {
+  Eight<T> pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = __builtin_shufflevector(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    fours[i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    fours[i + 2] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    fours[i + 3] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const Eight<T> low = __builtin_shufflevector(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Eight<T> high = __builtin_shufflevector(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    memcpy(out + j * stride, &low, sizeof(low));
+    memcpy(out + (j + 4) * stride, &high, sizeof(high));
+  }
 }
 #endif
 
-// out[j][i] = in[i][j] for i < rows, j < columns.
-template <class S, class T>
-DETOPS_HD void transpose(const T* __restrict__ in, int64_t in_stride, int64_t rows, int64_t columns,
-                         S* __restrict__ out, int64_t out_stride) {
-  int64_t done_rows = 0, done_columns = 0;
+// sums[j][plane] = the weighted sum of rows in column j.
+template <int planes, class S, class T>
+DETOPS_HD void add_rows(const S* const (&left)[planes], int64_t width, Taps<T> rows, int count, T* __restrict__ sums) {
+  int done = 0;
 #if defined(DETOPS_HAS_SHUFFLE)
-  if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float>) {
-    done_rows = rows / 4 * 4;
-    done_columns = columns / 4 * 4;
-    for (int64_t i = 0; i < done_rows; i += 4) {
-      for (int64_t j = 0; j < done_columns; j += 4) {
-        transpose_four(in + i * in_stride + j, in_stride, out + j * out_stride + i, out_stride);
+  if constexpr (planes == 8) {
+    for (; done + 8 <= count; done += 8) {
+      Eight<T> added[8] = {};
+      for (const Tap<T>& tap : rows) {
+        const int64_t offset = tap.pixel * width + done;
+        for (int plane = 0; plane < 8; ++plane) {
+          Eight<T> values;
+          if constexpr (std::is_same_v<S, T>) {
+            memcpy(&values, left[plane] + offset, sizeof(values));
+          } else {
+            for (int lane = 0; lane < 8; ++lane) values[lane] = static_cast<T>(left[plane][offset + lane]);
+          }
+          added[plane] += tap.weight * values;
+        }
       }
+      transpose_eight(added, sums + done * planes, planes);
     }
   }
 #endif
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = i < done_rows ? done_columns : 0; j < columns; ++j) {
-      out[j * out_stride + i] = static_cast<S>(in[i * in_stride + j]);
+  for (int plane = 0; plane < planes; ++plane) {
+    for (int j = done; j < count; ++j) {
+      T sum = 0;
+      for (const Tap<T>& tap : rows) sum += tap.weight * static_cast<T>(left[plane][tap.pixel * width + j]);
+      sums[j * planes + plane] = sum;
     }
   }
 }
 
-// One RoI on `planes` planes. The rows of a bin are added up plane by plane, the columns of all planes at once.
+// One RoI on `planes` planes: the rows of a bin are added up for all columns, and then these, for all planes at once.
 template <int planes, class S, class T>
 DETOPS_HD void pool_few_planes(const S* const (&left)[planes], int64_t width, const RoiTable<T>& table, int bins_x,
-                               Columns columns, T* __restrict__ row_sums, T* __restrict__ interleaved,
-                               T* __restrict__ bins) {
+                               Columns columns, T* __restrict__ column_sums, T* __restrict__ bins) {
   for (int p = 0; p < table.bins_y; ++p) {
     const Taps<T> rows = table.y(p);
-    const int count = columns.count;
-    for (int plane = 0; plane < planes && rows.count() > 0; ++plane) {
-      T* const sums = row_sums + plane * count;
-      int done = min_of(rows.count(), 4);
-      add_few_rows<true>(left[plane], width, rows.begin(), done, count, sums);
-      for (; done < rows.count(); done += 4) {
-        add_few_rows<false>(left[plane], width, rows.begin() + done, min_of(rows.count() - done, 4), count, sums);
-      }
-    }
-    if (rows.count() > 0) {
-      transpose(row_sums, count, planes, count, interleaved, planes);
-    }
+    if (rows.count() > 0) add_rows(left, width, rows, columns.count, column_sums);
     for (int q = 0; q < bins_x; ++q) {
       T sums[planes] = {};
       if (rows.count() > 0) {
         for (const Tap<T>& tap : table.x(q)) {
-          const T* const values = interleaved + (tap.pixel - columns.begin) * planes;
+          const T* const values = column_sums + (tap.pixel - columns.begin) * planes;
           for (int plane = 0; plane < planes; ++plane) sums[plane] += tap.weight * values[plane];
         }
       }
@@ -162,11 +139,12 @@ DETOPS_HD void pool_few_planes(const S* const (&left)[planes], int64_t width, co
 // One RoI on up to kPlanes planes.
 template <class S, class T>
 DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, int count, const RoiTable<T>& table,
-                               int bins_x, Columns columns, T* row_sums, T* interleaved, T* bins, S* __restrict__ out) {
+                               int bins_x, Columns columns, PlaneSums<T>& room, S* __restrict__ out) {
   const int64_t bins_of_plane = int64_t(table.bins_y) * bins_x;
+  T* const bins = room.bins.data();
   if (count == 1) {
     const S* const left[1] = {planes + columns.begin};
-    pool_few_planes(left, width, table, bins_x, columns, row_sums, interleaved, bins);
+    pool_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
     for (int64_t i = 0; i < bins_of_plane; ++i) out[i] = static_cast<S>(bins[i]);
     return;
   }
@@ -174,8 +152,22 @@ DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, i
   for (int plane = 0; plane < kPlanes; ++plane) {
     left[plane] = planes + min_of(plane, count - 1) * height * width + columns.begin;
   }
-  pool_few_planes(left, width, table, bins_x, columns, row_sums, interleaved, bins);
-  transpose(bins, kPlanes, bins_of_plane, count, out, bins_of_plane);
+  pool_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
+  int64_t done = 0;
+#if defined(DETOPS_HAS_SHUFFLE)
+  if constexpr (std::is_same_v<S, T>) {
+    for (; count == kPlanes && done + 8 <= bins_of_plane; done += 8) {
+      Eight<T> rows[8];
+      memcpy(rows, bins + done * kPlanes, sizeof(rows));
+      transpose_eight(rows, out + done, bins_of_plane);
+    }
+  }
+#endif
+  for (int plane = 0; plane < count; ++plane) {
+    for (int64_t i = done; i < bins_of_plane; ++i) {
+      out[plane * bins_of_plane + i] = static_cast<S>(bins[i * kPlanes + plane]);
+    }
+  }
 }
 
 // ---- forward, channels_last
@@ -240,8 +232,7 @@ void roi_align_cpu(const RoiTensors<ComputeType<S>, const S>& maps, const Comput
       sums.reserve(columns.count, bins);
       const S* const planes = maps.image(table.level, table.image) + channel * level.height * level.width;
       pool_planes(planes, level.height, level.width, static_cast<int>(min_of<int64_t>(kPlanes, channels - channel)),
-                  table, options.bins_x, columns, sums.rows.data(), sums.interleaved.data(), sums.bins.data(),
-                  out + (table.roi * channels + channel) * bins);
+                  table, options.bins_x, columns, sums, out + (table.roi * channels + channel) * bins);
     }
   });
 }
