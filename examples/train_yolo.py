@@ -105,7 +105,7 @@ def training_step(model, optimizer, images, truth):
 
 
 @torch.no_grad()
-def detect(model, images, score_threshold=0.4):
+def detect(model, images, score_threshold=0.5):
     """The padded `Detections` of images; an object has one class, so that boxes of all classes compete."""
     found = model(images)
     scores = found.logits.sigmoid()
