@@ -1,9 +1,8 @@
 """torchvision's models with and without detops in its place: the same losses, gradients and detections.
 
-Weights and images are random. A training step is made in float64: losses agree to 1e-9, relatively, and gradients to
-1e-9 of the largest. In float32 proposals tie, and torchvision leaves the order of ties open, from which its samplers
-then draw others. Detections are made in float32: labels and the order are equal, scores agree to 1e-5, boxes to 1e-3
-pixels, masks to 1e-4.
+Weights and images are random. Of a training step in float64 losses agree to 1e-9, relatively, and gradients to 1e-9 of
+the largest; in float32 to 1e-5 and 1e-4. Detections are made in float32: labels and the order are equal, scores agree
+to 1e-5, boxes to 1e-3 pixels, masks to 1e-4.
 """
 
 import copy
@@ -45,18 +44,23 @@ def build(name, seed=0):
     from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
 
     torch.manual_seed(seed)
-    size = {"min_size": 160, "max_size": 224}
+    size = {"min_size": 128, "max_size": 160}
     if name.endswith("rcnn"):
-        kind = {"faster_rcnn": detection.FasterRCNN, "mask_rcnn": detection.MaskRCNN}[name]
         anchors = AnchorGenerator(tuple((16 * 2**i,) for i in range(4)), ((0.5, 1.0, 2.0),) * 4)
-        model = kind(
-            Backbone(4),
-            num_classes=7,
-            rpn_anchor_generator=anchors,
-            box_score_thresh=0.05,
-            box_detections_per_img=40,
-            **size,
-        )
+        own = {
+            "rpn_anchor_generator": anchors,
+            "box_head": detection.faster_rcnn.TwoMLPHead(32 * 7 * 7, 64),
+            "box_predictor": detection.faster_rcnn.FastRCNNPredictor(64, 7),
+            "box_score_thresh": 0.05,
+            "box_detections_per_img": 40,
+            "box_batch_size_per_image": 96,
+        }
+        if name == "faster_rcnn":
+            model = detection.FasterRCNN(Backbone(4), **own, **size)
+        else:
+            own["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(32, (32,), 1)
+            own["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(32, 16, 7)
+            model = detection.MaskRCNN(Backbone(4), **own, **size)
         head = model.rpn.head
     elif name == "ssd":
         backbone = Backbone(4)
@@ -150,18 +154,19 @@ def spy(name, function, called):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
 class TestModels:
-    def test_training_step(self, torchvision, in_place, device, name):
-        model = build(name).to(device.torch, torch.float64)
-        images, targets = pictures(device, torch.float64)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+    def test_training_step(self, torchvision, in_place, device, dtype, name):
+        of_losses, of_gradients = (1e-9, 1e-9) if dtype == torch.float64 else (1e-5, 1e-4)
+        model, (images, targets) = build(name).to(device.torch, dtype), pictures(device, dtype)
         losses, gradients = training_step(model, images, targets)
         with in_place():
             ours, our_gradients = training_step(model, images, targets)
-        assert ours == pytest.approx(losses, rel=1e-9)
+        assert ours == pytest.approx(losses, rel=of_losses)
         assert all(value > 0 for value in losses.values())
         assert our_gradients.keys() == gradients.keys()
         largest = max(gradient.abs().max().item() for gradient in gradients.values())
         for parameter, expected in gradients.items():
-            torch.testing.assert_close(our_gradients[parameter], expected, rtol=0, atol=1e-9 * largest)
+            torch.testing.assert_close(our_gradients[parameter], expected, rtol=0, atol=of_gradients * largest)
 
     def test_detections(self, torchvision, in_place, device, name):
         model, (images, _) = build(name).to(device.torch), pictures(device)
@@ -170,14 +175,16 @@ class TestModels:
             assert_same_detections(detect(model, images), expected)
         assert_same_detections(detect(model, images), expected)
 
-    def test_a_model_built_in_place_is_an_ordinary_one(self, torchvision, in_place, device, name):
-        images, _ = pictures(device)
-        with in_place():
-            model = build(name).to(device.torch)
-            expected = detect(model, images)
-            saved = pickle.dumps(model)
-        assert_same_detections(detect(pickle.loads(saved), images), expected)
-        assert_same_detections(detect(pickle.loads(pickle.dumps(model)), images), expected)
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_a_model_built_in_place_is_an_ordinary_one(torchvision, in_place, device):
+    images, _ = pictures(device)
+    with in_place():
+        model = build("faster_rcnn")  # whose proposal network keeps box_iou as an attribute
+        expected = detect(model, images)
+        saved = pickle.dumps(model)
+    assert_same_detections(detect(pickle.loads(saved), images), expected)
+    assert_same_detections(detect(pickle.loads(pickle.dumps(model)), images), expected)
 
 
 # What each model's training step and detection must have called.
@@ -303,6 +310,14 @@ class TestTheSwitch:
     def test_refuses_parameters_it_does_not_know(self, torchvision):
         with pytest.raises(RuntimeError, match=r"must have the parameters \['other'\], got \['boxes', 'scores'"):
             _redirect.Redirection(torchvision.ops.boxes, "nms", lambda original, other: None)
+
+    def test_ties_of_many_boxes_are_in_torchs_order(self, torchvision, in_place):
+        low = torch.rand(2000, 2) * 500
+        boxes = torch.cat((low, low + 20), dim=1)
+        scores, idxs = torch.randint(0, 30, (2000,)) / 30, torch.randint(0, 4, (2000,))
+        expected = torchvision.ops.batched_nms(boxes, scores, idxs, 0.5)
+        with in_place():
+            assert torch.equal(torchvision.ops.batched_nms(boxes, scores, idxs, 0.5), expected)
 
     def test_signatures_stay(self, torchvision, in_place):
         before = inspect.signature(torchvision.ops.roi_align)

@@ -67,7 +67,21 @@ def _batched_nms(original, boxes, scores, idxs, iou_threshold):
         return original(boxes, scores, idxs, iou_threshold)
     if idxs.is_floating_point():
         idxs = idxs.unique(return_inverse=True)[1]
-    return detops.batched_nms(boxes, scores, idxs, iou_threshold)
+    keep = detops.batched_nms(boxes, scores, idxs, iou_threshold)
+    loops_over_classes = boxes.numel() > (4000 if boxes.device.type == "cpu" else 100_000)
+    return _in_torchs_order(keep, scores) if loops_over_classes and not torch.compiler.is_compiling() else keep
+
+
+def _in_torchs_order(keep: Tensor, scores: Tensor) -> Tensor:
+    """torchvision then orders what it keeps by an unstable sort, which only the same sort repeats.
+
+    Padding gives many proposals the same score; the samplers that come after would draw others.
+    """
+    kept = scores[keep]
+    if not (kept[1:] == kept[:-1]).any():
+        return keep
+    ascending = keep.sort().values
+    return ascending[scores[ascending].sort(descending=True).indices]
 
 
 @instead_of(BOXES, "remove_small_boxes")
