@@ -1,0 +1,12 @@
+"""detops in place of other libraries, inside code that was written for them.
+
+>>> import detops
+>>> with detops.compat.torchvision():
+...     losses = model(images, targets)  # any model on torchvision's ops
+
+See `detops.compat.torchvision`. Importing this imports nothing of theirs.
+"""
+
+from ._torchvision import torchvision
+
+__all__ = ["torchvision"]

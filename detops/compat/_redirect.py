@@ -1,0 +1,77 @@
+"""Lets functions of another library run other code, and lets them be as they were.
+
+The code inside a function object is exchanged and not the names that it goes by. So whoever holds the function calls
+the new code: modules that imported it by any name, models and closures that keep it, default arguments, subclasses.
+Every name stays bound to the object that it was bound to, and pickles by reference stay valid.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from types import CodeType, FunctionType, ModuleType
+
+# What redirected functions call, by key.
+targets: dict[str, Callable] = {}
+
+# It runs with the globals of the other library, so it imports what it needs. Its parameters stay those of the original,
+# which callers, inspect and torch.compile go by.
+_SOURCE = """
+def {name}({parameters}):
+    from detops.compat._redirect import targets as _detops_targets
+
+    return _detops_targets[{key!r}]({parameters})
+"""
+
+
+class Redirection:
+    """One function of another library: `start` makes it call `replacement(original, *arguments)`, `stop` undoes that.
+
+    Args:
+        module: where the function is.
+        path: its name there, or Class.method.
+        replacement: gets the function as it was, and the arguments of the call.
+
+    Raises:
+        RuntimeError: something else than the library's own function is there, or it has other parameters.
+    """
+
+    def __init__(self, module: ModuleType, path: str, replacement: Callable) -> None:
+        function = module
+        for name in path.split("."):
+            function = vars(function).get(name)
+        self._key = f"{module.__name__}.{path}"
+        own = isinstance(function, FunctionType) and function.__module__ == module.__name__
+        if not own or function.__code__.co_freevars or hasattr(function, "__wrapped__"):
+            raise RuntimeError(
+                f"detops.compat: {self._key} must be the function of its library, got {function!r}: "
+                "something else has replaced or wrapped it"
+            )
+        names = list(inspect.signature(function).parameters)
+        ours = list(inspect.signature(replacement).parameters)[1:]
+        if names != ours:
+            raise RuntimeError(
+                f"detops.compat: {self._key} must have the parameters {ours}, got {names}: "
+                "this version of its library is not known to detops"
+            )
+        self._function, self._code = function, function.__code__
+        self._replacement = replacement
+
+    def start(self) -> None:
+        function = self._function
+        original = FunctionType(self._code, function.__globals__, function.__name__, function.__defaults__)
+        functools.update_wrapper(original, function)
+        del original.__wrapped__
+        targets[self._key] = functools.partial(self._replacement, original)
+        function.__wrapped__ = original  # where TorchScript finds the source
+        function.__code__ = _code_calling(self._key, self._code)
+
+    def stop(self) -> None:
+        self._function.__code__ = self._code
+        del self._function.__wrapped__
+
+
+def _code_calling(key: str, code: CodeType) -> CodeType:
+    parameters = ", ".join(code.co_varnames[: code.co_argcount])
+    source = _SOURCE.format(name=code.co_name, parameters=parameters, key=key)
+    module = compile(source, f"<{key} by detops.compat>", "exec", dont_inherit=True)
+    return next(constant for constant in module.co_consts if isinstance(constant, CodeType))

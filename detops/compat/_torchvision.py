@@ -1,0 +1,107 @@
+"""The switch that puts detops in torchvision's place."""
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator
+
+from ._redirect import Redirection
+
+
+class Torchvision:
+    """Makes torchvision, and all code that uses it, run on detops; or only a block of code.
+
+    >>> with detops.compat.torchvision():
+    ...     losses = model(images, targets)
+    >>> detops.compat.torchvision.install()  # from here on, everywhere
+    >>> detops.compat.torchvision.uninstall()
+
+    These functions of torchvision then call detops, whoever calls them and under whatever name: its own models, built
+    before or after, and all other modules, also where they keep a function in a closure or as a default argument.
+
+    - `nms`, `batched_nms`, `clip_boxes_to_image`, `remove_small_boxes`, `box_area`, `box_convert`, `masks_to_boxes`;
+    - `box_iou`, `generalized_box_iou`, `distance_box_iou`, `complete_box_iou`, and the three `..._loss` of the same
+      names, `sigmoid_focal_loss`;
+    - `roi_align`, `roi_pool`, `ps_roi_align`, `ps_roi_pool`, their modules, and `MultiScaleRoIAlign`;
+    - of the detection models `Matcher`, `BoxCoder`, `AnchorGenerator`, `DefaultBoxGenerator`, and the post-processing
+      of RetinaNet, FCOS and SSD.
+
+    Samplers stay torchvision's: another random stream would change losses.
+
+    Blocks nest, and a block within an installation changes nothing. `install` and `uninstall` may be repeated; after
+    `uninstall`, or when the last block ends, also by an exception, everything is as it was. The code inside functions
+    is exchanged and not their names, so nothing has to be imported or built again. All threads see the change.
+
+    Results are torchvision's up to rounding. They differ where the docstrings of the functions say so, above all:
+    half-precision boxes are computed in float32, `batched_nms` does not merge classes where coordinates are negative, a
+    batch index out of range is an error, and IoUs, their losses and the coders have no second derivative.
+
+    torchvision's own code still runs under TorchScript and tracing, in torch.func transforms and forward-mode
+    derivatives, for tensors that are quantised or on devices that detops has no kernels for, for arguments that detops
+    does not take, and where a subclass or a changed instance has its own way. Not reached are programs scripted,
+    exported or traced before, and calls of `torch.ops.torchvision.*`.
+
+    Raises:
+        ImportError: torchvision is not installed.
+        RuntimeError: something else has replaced one of these functions; nothing is changed then.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._installed = False
+        self._blocks = 0
+        self._running: list[Redirection] = []
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Installed within a block; also a decorator."""
+        with self._lock:
+            self._switch(self._installed, self._blocks + 1)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._switch(self._installed, self._blocks - 1)
+
+    def install(self) -> None:
+        """Until `uninstall`."""
+        with self._lock:
+            self._switch(True, self._blocks)
+
+    def uninstall(self) -> None:
+        """Undoes `install`; blocks that still run keep what they asked for."""
+        with self._lock:
+            self._switch(False, self._blocks)
+
+    def __repr__(self) -> str:
+        return f"<detops.compat.torchvision: {'in place' if self._running else 'not in place'}>"
+
+    def _switch(self, installed: bool, blocks: int) -> None:
+        wanted = installed or blocks > 0
+        if wanted and not self._running:
+            redirections = _redirections()
+            for each in redirections:
+                each.start()
+            self._running = redirections
+        elif not wanted:
+            for each in self._running:
+                each.stop()
+            self._running = []
+        self._installed, self._blocks = installed, blocks
+
+
+torchvision = Torchvision()
+
+
+def _redirections() -> list[Redirection]:
+    # Here and not above: these need all of detops.
+    from . import _torchvision_detection, _torchvision_ops  # noqa: F401
+    from ._torchvision_ops import replacements
+
+    try:
+        modules = {name: importlib.import_module(name) for name, _ in replacements}
+    except ImportError as error:
+        raise ImportError(
+            f"detops.compat.torchvision: torchvision must be installed, and could not be imported: {error}"
+        ) from error
+    return [Redirection(modules[module], path, each) for (module, path), each in replacements.items()]

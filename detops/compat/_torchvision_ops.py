@@ -1,0 +1,226 @@
+"""detops in place of the functions of torchvision.ops."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+import detops
+
+from .. import _library
+
+BOXES = "torchvision.ops.boxes"
+
+# By module and path within it. Each gets torchvision's own function first, for what it leaves to it.
+replacements: dict[tuple[str, str], Callable] = {}
+
+
+def instead_of(module: str, path: str) -> Callable[[Callable], Callable]:
+    def register(replacement: Callable) -> Callable:
+        replacements[module, path] = replacement
+        return replacement
+
+    return register
+
+
+# Those that detops has kernels for, or knows shapes on.
+_DEVICES = ("cpu", "meta", "cuda") if _library.build_info()["cuda"] else ("cpu", "meta")
+
+
+def takes(*tensors) -> bool:
+    """Whether detops serves an op that is one kernel in torchvision too."""
+    if torch.jit.is_tracing():
+        return False
+    for each in tensors:
+        if not isinstance(each, Tensor) or each.is_quantized or each.layout != torch.strided:
+            return False
+        if each.device.type not in _DEVICES:
+            return False
+    return True
+
+
+def takes_composed(*tensors) -> bool:
+    """Whether detops serves what torchvision composes of torch's ops: not where transforms look into it."""
+    if not takes(*tensors):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return not torch._C._are_functorch_transforms_active() and forward_ad._current_level < 0
+
+
+def floating(*tensors: Tensor) -> bool:
+    return all(each.is_floating_point() for each in tensors)
+
+
+@instead_of(BOXES, "nms")
+def _nms(original, boxes, scores, iou_threshold):
+    if takes(boxes, scores) and iou_threshold >= 0:
+        return detops.nms(boxes, scores, iou_threshold)
+    return original(boxes, scores, iou_threshold)
+
+
+@instead_of(BOXES, "batched_nms")
+def _batched_nms(original, boxes, scores, idxs, iou_threshold):
+    if not takes(boxes, scores, idxs) or not iou_threshold >= 0:
+        return original(boxes, scores, idxs, iou_threshold)
+    if idxs.is_floating_point():
+        idxs = idxs.unique(return_inverse=True)[1]
+    keep = detops.batched_nms(boxes, scores, idxs, iou_threshold)
+    loops_over_classes = boxes.numel() > (4000 if boxes.device.type == "cpu" else 100_000)
+    return _in_torchs_order(keep, scores) if loops_over_classes and not torch.compiler.is_compiling() else keep
+
+
+def _in_torchs_order(keep: Tensor, scores: Tensor) -> Tensor:
+    """torchvision then orders what it keeps by an unstable sort, which only the same sort repeats.
+
+    Padding gives many proposals the same score; the samplers that come after would draw others.
+    """
+    kept = scores[keep]
+    if not (kept[1:] == kept[:-1]).any():
+        return keep
+    ascending = keep.sort().values
+    return ascending[scores[ascending].sort(descending=True).indices]
+
+
+@instead_of(BOXES, "remove_small_boxes")
+def _remove_small_boxes(original, boxes, min_size):
+    if takes_composed(boxes) and boxes.ndim == 2 and min_size == min_size:
+        return detops.remove_small_boxes(boxes, min_size)
+    return original(boxes, min_size)
+
+
+@instead_of(BOXES, "clip_boxes_to_image")
+def _clip_boxes_to_image(original, boxes, size):
+    if takes_composed(boxes) and floating(boxes) and len(size) == 2 and min(size) >= 0:
+        return detops.clip_boxes_to_image(boxes, size)
+    return original(boxes, size)
+
+
+@instead_of(BOXES, "box_convert")
+def _box_convert(original, boxes, in_fmt, out_fmt):
+    if takes_composed(boxes) and floating(boxes):
+        return detops.box_convert(boxes, in_fmt, out_fmt)
+    return original(boxes, in_fmt, out_fmt)
+
+
+@instead_of(BOXES, "box_area")
+def _box_area(original, boxes, fmt):
+    if takes_composed(boxes) and floating(boxes):
+        return detops.box_area(boxes, fmt)
+    return original(boxes, fmt)
+
+
+@instead_of(BOXES, "masks_to_boxes")
+def _masks_to_boxes(original, masks):
+    if takes_composed(masks) and masks.ndim == 3 and masks.numel():
+        return detops.masks_to_boxes(masks)
+    return original(masks)
+
+
+@instead_of(BOXES, "box_iou")
+def _box_iou(original, boxes1, boxes2, fmt):
+    if takes_composed(boxes1, boxes2) and fmt in ("xyxy", "xywh", "cxcywh"):
+        return detops.box_iou(boxes1, boxes2, fmt)
+    return original(boxes1, boxes2, fmt)
+
+
+@instead_of(BOXES, "generalized_box_iou")
+def _generalized_box_iou(original, boxes1, boxes2):
+    if takes_composed(boxes1, boxes2):
+        return detops.generalized_box_iou(boxes1, boxes2)
+    return original(boxes1, boxes2)
+
+
+@instead_of(BOXES, "distance_box_iou")
+def _distance_box_iou(original, boxes1, boxes2, eps):
+    if takes_composed(boxes1, boxes2):
+        return detops.distance_box_iou(boxes1, boxes2, eps)
+    return original(boxes1, boxes2, eps)
+
+
+@instead_of(BOXES, "complete_box_iou")
+def _complete_box_iou(original, boxes1, boxes2, eps):
+    if takes_composed(boxes1, boxes2):
+        return detops.complete_box_iou(boxes1, boxes2, eps)
+    return original(boxes1, boxes2, eps)
+
+
+def _iou_loss(name: str):
+    def loss(original, boxes1, boxes2, reduction, eps):
+        if takes_composed(boxes1, boxes2) and boxes1.shape == boxes2.shape:
+            return getattr(detops, name)(boxes1, boxes2, reduction, eps)
+        return original(boxes1, boxes2, reduction, eps)
+
+    loss.__name__ = name
+    return loss
+
+
+for _file, _name in (("giou", "generalized"), ("diou", "distance"), ("ciou", "complete")):
+    instead_of(f"torchvision.ops.{_file}_loss", f"{_name}_box_iou_loss")(_iou_loss(f"{_name}_box_iou_loss"))
+
+
+@instead_of("torchvision.ops.focal_loss", "sigmoid_focal_loss")
+def _sigmoid_focal_loss(original, inputs, targets, alpha, gamma, reduction):
+    # With gamma 0 it is torch's cross-entropy, and stays that to the last bit.
+    served = takes_composed(inputs, targets) and floating(inputs, targets) and gamma > 0
+    if served and inputs.shape == targets.shape and not targets.requires_grad:
+        return detops.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
+    return original(inputs, targets, alpha, gamma, reduction)
+
+
+def _takes_rois(input, boxes) -> bool:
+    return takes(input, *(boxes if isinstance(boxes, list | tuple) else (boxes,)))
+
+
+@instead_of("torchvision.ops.roi_align", "roi_align")
+def _roi_align(original, input, boxes, output_size, spatial_scale, sampling_ratio, aligned):
+    run = detops.roi_align if _takes_rois(input, boxes) else original
+    return run(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
+
+
+@instead_of("torchvision.ops.roi_pool", "roi_pool")
+def _roi_pool(original, input, boxes, output_size, spatial_scale):
+    run = detops.roi_pool if _takes_rois(input, boxes) else original
+    return run(input, boxes, output_size, spatial_scale)
+
+
+@instead_of("torchvision.ops.ps_roi_align", "ps_roi_align")
+def _ps_roi_align(original, input, boxes, output_size, spatial_scale, sampling_ratio):
+    run = detops.ps_roi_align if _takes_rois(input, boxes) else original
+    return run(input, boxes, output_size, spatial_scale, sampling_ratio)
+
+
+@instead_of("torchvision.ops.ps_roi_pool", "ps_roi_pool")
+def _ps_roi_pool(original, input, boxes, output_size, spatial_scale):
+    run = detops.ps_roi_pool if _takes_rois(input, boxes) else original
+    return run(input, boxes, output_size, spatial_scale)
+
+
+@instead_of("torchvision.ops.poolers", "_multiscale_roi_align")
+def _multiscale_roi_align(original, x_filtered, boxes, output_size, sampling_ratio, scales, mapper):
+    if not _is_pyramid(x_filtered, boxes, scales, mapper):
+        return original(x_filtered, boxes, output_size, sampling_ratio, scales, mapper)
+    return detops.multi_scale_roi_align(
+        x_filtered,
+        boxes,
+        output_size,
+        spatial_scales=scales,
+        sampling_ratio=sampling_ratio,
+        canonical_scale=mapper.s0,
+        canonical_level=mapper.lvl0,
+    )
+
+
+def _is_pyramid(maps, boxes, scales, mapper) -> bool:
+    """Whether the levels are those of detops: each half of the one before, and of one kind."""
+    if not scales or mapper is None or not 2 <= len(maps) <= 8 or not boxes or not takes(*maps, *boxes):
+        return False
+    levels = [-math.log2(scale) for scale in scales]
+    return (
+        levels == list(range(mapper.k_min, mapper.k_max + 1))
+        and mapper.eps == 1e-6
+        and len(scales) == len(maps)
+        and all(each.dtype == maps[0].dtype and each.shape[:2] == maps[0].shape[:2] for each in maps)
+    )

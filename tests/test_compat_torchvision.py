@@ -1,0 +1,467 @@
+"""torchvision's models with and without detops in its place: the same losses, gradients and detections.
+
+Weights and images are random. Of a training step in float64 losses agree to 1e-9, relatively, and gradients to 1e-9 of
+the largest; in float32 to 1e-5 and 1e-4. Detections are made in float32: labels and the order are equal, scores agree
+to 1e-5, boxes to 1e-3 pixels, masks to 1e-4.
+"""
+
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+import types
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+import detops
+from detops.compat import _redirect
+
+MODELS = ("faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd")
+
+
+class Backbone(nn.Module):
+    """Maps of strides 4, 8, 16, ... of few channels."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 32, 7, stride=4, padding=3)
+        self.downs = nn.ModuleList(nn.Conv2d(32, 32, 3, stride=2, padding=1) for _ in range(levels - 1))
+        self.out_channels = 32
+
+    def forward(self, x):
+        maps = [self.stem(x)]
+        for down in self.downs:
+            maps.append(down(maps[-1].relu()))
+        return OrderedDict((str(i), each) for i, each in enumerate(maps))
+
+
+def build(name, seed=0):
+    from torchvision.models import detection
+    from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+
+    torch.manual_seed(seed)
+    size = {"min_size": 128, "max_size": 160}
+    if name.endswith("rcnn"):
+        anchors = AnchorGenerator(tuple((16 * 2**i,) for i in range(4)), ((0.5, 1.0, 2.0),) * 4)
+        own = {
+            "rpn_anchor_generator": anchors,
+            "box_head": detection.faster_rcnn.TwoMLPHead(32 * 7 * 7, 64),
+            "box_predictor": detection.faster_rcnn.FastRCNNPredictor(64, 7),
+            "box_score_thresh": 0.05,
+            "box_detections_per_img": 40,
+            "box_batch_size_per_image": 96,
+        }
+        if name == "faster_rcnn":
+            model = detection.FasterRCNN(Backbone(4), **own, **size)
+        else:
+            own["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(32, (32,), 1)
+            own["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(32, 16, 7)
+            model = detection.MaskRCNN(Backbone(4), **own, **size)
+        head = model.rpn.head
+    elif name == "ssd":
+        backbone = Backbone(4)
+        backbone.out_channels = [32] * 4
+        boxes = DefaultBoxGenerator([[2], [2, 3], [2, 3], [2]])
+        return detection.ssd.SSD(backbone, boxes, (160, 160), num_classes=7, score_thresh=0.05)
+    else:
+        kind = {"retinanet": detection.RetinaNet, "fcos": detection.FCOS}[name]
+        model = kind(Backbone(5), num_classes=7, score_thresh=0.05, **size)
+        head = model.head
+    for layer in head.modules():  # so that scores differ
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+    return model
+
+
+def pictures(device, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(1)
+    images, targets = [], []
+    for (height, width), count in (((150, 190), 4), ((170, 160), 6)):
+        images.append(torch.rand(3, height, width, generator=generator))
+        low = torch.rand(count, 2, generator=generator) * 90
+        boxes = torch.cat((low, low + 15 + torch.rand(count, 2, generator=generator) * 45), dim=1)
+        masks = torch.zeros(count, height, width, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y1:y2, x1:x2] = 1
+        labels = torch.randint(1, 7, (count,), generator=generator)
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+    targets = [{name: put(each, device, dtype) for name, each in target.items()} for target in targets]
+    return [put(image, device, dtype) for image in images], targets
+
+
+def put(tensor, device, dtype):
+    return tensor.to(device.torch, dtype if tensor.is_floating_point() else None)
+
+
+def training_step(model, images, targets):
+    model.train().zero_grad()
+    torch.manual_seed(5)  # the samplers'
+    losses = model(images, copy.deepcopy(targets))
+    sum(losses.values()).backward()
+    gradients = {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+    return {name: loss.item() for name, loss in losses.items()}, gradients
+
+
+@torch.no_grad()
+def detect(model, images):
+    return model.eval()(images)
+
+
+def assert_same_detections(found, expected, enough=20):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one.keys() == other.keys()
+        assert len(other["labels"]) >= enough
+        assert torch.equal(one["labels"], other["labels"])
+        torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(one["boxes"], other["boxes"], rtol=0, atol=1e-3)
+        if "masks" in other:
+            torch.testing.assert_close(one["masks"], other["masks"], rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def in_place():
+    """Not in place before nor after."""
+    assert "not in place" in repr(detops.compat.torchvision)
+    yield detops.compat.torchvision
+    detops.compat.torchvision.uninstall()
+    assert "not in place" in repr(detops.compat.torchvision)
+
+
+@pytest.fixture
+def spied(monkeypatch):
+    """The names of the functions of detops that are called."""
+    called = set()
+    for name in detops.__all__:
+        function = getattr(detops, name)
+        if isinstance(function, types.FunctionType):
+            monkeypatch.setattr(detops, name, spy(name, function, called))
+    return called
+
+
+def spy(name, function, called):
+    def call(*args, **kwargs):
+        called.add(name)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+class TestModels:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+    def test_training_step(self, torchvision, in_place, device, dtype, name):
+        of_losses, of_gradients = (1e-9, 1e-9) if dtype == torch.float64 else (1e-5, 1e-4)
+        model, (images, targets) = build(name).to(device.torch, dtype), pictures(device, dtype)
+        losses, gradients = training_step(model, images, targets)
+        with in_place():
+            ours, our_gradients = training_step(model, images, targets)
+        assert ours == pytest.approx(losses, rel=of_losses)
+        assert all(value > 0 for value in losses.values())
+        assert our_gradients.keys() == gradients.keys()
+        largest = max(gradient.abs().max().item() for gradient in gradients.values())
+        for parameter, expected in gradients.items():
+            torch.testing.assert_close(our_gradients[parameter], expected, rtol=0, atol=of_gradients * largest)
+
+    def test_detections(self, torchvision, in_place, device, name):
+        model, (images, _) = build(name).to(device.torch), pictures(device)
+        expected = detect(model, images)
+        with in_place():
+            assert_same_detections(detect(model, images), expected)
+        assert_same_detections(detect(model, images), expected)
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+def test_a_model_built_in_place_is_an_ordinary_one(torchvision, in_place, device):
+    images, _ = pictures(device)
+    with in_place():
+        model = build("faster_rcnn")  # whose proposal network keeps box_iou as an attribute
+        expected = detect(model, images)
+        saved = pickle.dumps(model)
+    assert_same_detections(detect(pickle.loads(saved), images), expected)
+    assert_same_detections(detect(pickle.loads(pickle.dumps(model)), images), expected)
+
+
+# What each model's training step and detection must have called.
+CALLS = {
+    "faster_rcnn": {"batched_nms", "box_iou", "multi_scale_roi_align", "encode_boxes", "decode_boxes", "grid_anchors"},
+    "mask_rcnn": {"roi_align", "multi_scale_roi_align", "clip_boxes_to_image", "remove_small_boxes"},
+    "retinanet": {"sigmoid_focal_loss", "multiclass_nms", "batched_nms", "box_iou", "encode_boxes", "decode_boxes"},
+    "fcos": {"sigmoid_focal_loss", "generalized_box_iou_loss", "batched_nms", "clip_boxes_to_image"},
+    "ssd": {"multiclass_nms", "box_iou", "encode_boxes", "decode_boxes", "clip_boxes_to_image"},
+}
+
+
+@pytest.mark.parametrize("device", ["cpu"], indirect=True)
+@pytest.mark.parametrize("name", MODELS)
+def test_models_built_before_call_detops(torchvision, in_place, spied, device, name):
+    model, (images, targets) = build(name), pictures(device)
+    with in_place():
+        training_step(model, images, targets)
+        detect(model, images)
+    assert spied >= CALLS[name]
+    spied.clear()
+    detect(model, images)
+    assert not spied
+
+
+BOXES = torch.tensor([[0.0, 0, 10, 10], [1, 0, 10, 10], [20, 0, 30, 10]])
+SCORES = torch.tensor([0.8, 0.9, 0.7])
+
+
+class TestTheSwitch:
+    def test_reaches_every_holder_of_a_function(self, torchvision, in_place, spied):
+        from torchvision.ops import nms as renamed
+
+        third_party = types.ModuleType("a_third_party")
+        exec("from torchvision.ops import nms, box_iou as overlap", vars(third_party))
+        sys.modules["a_third_party"] = third_party
+
+        def with_default(function=torchvision.ops.nms):
+            return function(BOXES, SCORES, 0.5)
+
+        holders = [
+            lambda: renamed(BOXES, SCORES, 0.5),
+            lambda: third_party.nms(BOXES, SCORES, iou_threshold=0.5),
+            lambda: torchvision.ops.boxes.nms(BOXES, SCORES, 0.5),
+            with_default,
+        ]
+        try:
+            with in_place():
+                for holder in holders:
+                    assert holder().tolist() == [1, 2]
+                    assert spied == {"nms"}
+                    spied.clear()
+                third_party.overlap(BOXES, BOXES)
+                assert spied == {"box_iou"}
+                spied.clear()
+            for holder in holders:
+                assert holder().tolist() == [1, 2]
+            assert not spied
+        finally:
+            del sys.modules["a_third_party"]
+
+    def test_puts_everything_back(self, torchvision, in_place):
+        before = state_of_torchvision()
+        with in_place():
+            during = state_of_torchvision()
+        assert state_of_torchvision() == before
+        assert during.keys() == before.keys()
+        changed = {name for name in before if during[name] != before[name]}
+        assert len(changed) > 20
+        assert all(during[name][0] == before[name][0] for name in before)  # names stay bound to what they were
+        assert not any("Sampler" in name for name in changed)
+
+    def test_puts_everything_back_after_an_exception(self, torchvision, in_place):
+        before = state_of_torchvision()
+        with pytest.raises(ZeroDivisionError), in_place():
+            torchvision.ops.nms(BOXES, SCORES, 0.5)
+            1 / 0  # noqa: B018
+        assert state_of_torchvision() == before
+
+    def test_nests_and_repeats(self, torchvision, in_place, spied):
+        def is_in_place():
+            spied.clear()
+            torchvision.ops.nms(BOXES, SCORES, 0.5)
+            return spied == {"nms"}
+
+        before = state_of_torchvision()
+        with in_place():
+            with in_place():
+                assert is_in_place()
+            assert is_in_place()
+            in_place.uninstall()  # nothing was installed
+            assert is_in_place()
+        assert not is_in_place()
+        in_place.install()
+        in_place.install()
+        with in_place():
+            assert is_in_place()
+        assert is_in_place()
+        with in_place():
+            in_place.uninstall()
+            assert is_in_place()
+        assert not is_in_place()
+        in_place.uninstall()
+        assert state_of_torchvision() == before
+
+    def test_is_a_decorator(self, torchvision, in_place, spied):
+        @in_place()
+        def run():
+            return torchvision.ops.nms(BOXES, SCORES, 0.5)
+
+        assert run().tolist() == run().tolist() == [1, 2]
+        assert spied == {"nms"}
+
+    def test_refuses_what_is_not_torchvisions(self, torchvision, in_place, monkeypatch):
+        monkeypatch.setattr(torchvision.ops.boxes, "box_iou", lambda boxes1, boxes2, fmt: None)
+        before = state_of_torchvision()
+        with pytest.raises(RuntimeError, match=r"torchvision\.ops\.boxes\.box_iou must be the function of its library"):
+            in_place.install()
+        with pytest.raises(RuntimeError, match="must be the function of its library"), in_place():
+            pass
+        assert state_of_torchvision() == before
+
+    def test_refuses_parameters_it_does_not_know(self, torchvision):
+        with pytest.raises(RuntimeError, match=r"must have the parameters \['other'\], got \['boxes', 'scores'"):
+            _redirect.Redirection(torchvision.ops.boxes, "nms", lambda original, other: None)
+
+    def test_ties_of_many_boxes_are_in_torchs_order(self, torchvision, in_place):
+        low = torch.rand(2000, 2) * 500
+        boxes = torch.cat((low, low + 20), dim=1)
+        scores, idxs = torch.randint(0, 30, (2000,)) / 30, torch.randint(0, 4, (2000,))
+        expected = torchvision.ops.batched_nms(boxes, scores, idxs, 0.5)
+        with in_place():
+            assert torch.equal(torchvision.ops.batched_nms(boxes, scores, idxs, 0.5), expected)
+
+    def test_signatures_stay(self, torchvision, in_place):
+        before = inspect.signature(torchvision.ops.roi_align)
+        with in_place():
+            assert inspect.signature(torchvision.ops.roi_align) == before
+            with pytest.raises(TypeError, match=r"roi_align\(\) missing 3 required positional arguments"):
+                torchvision.ops.roi_align()
+
+    def test_compiled_code_follows(self, torchvision, in_place, spied):
+        compiled = torch.compile(lambda boxes: torchvision.ops.box_iou(boxes, boxes), fullgraph=True, backend="eager")
+        expected = compiled(BOXES)
+        assert not spied
+        with in_place():
+            torch.testing.assert_close(compiled(BOXES), expected)
+            assert spied == {"box_iou"}
+        spied.clear()
+        compiled(BOXES + 1)
+        assert not spied
+
+
+def state_of_torchvision():
+    """Every function and class attribute of its loaded modules, with the code and defaults of the functions."""
+    state = {}
+    for module_name, module in list(sys.modules.items()):
+        if module_name.split(".")[0] != "torchvision":
+            continue
+        for name, value in list(vars(module).items()):
+            state[f"{module_name}.{name}"] = content_of(value)
+            if isinstance(value, type) and value.__module__.startswith("torchvision"):
+                state |= {f"{module_name}.{name}.{key}": content_of(each) for key, each in vars(value).items()}
+    return state
+
+
+def content_of(value):
+    if not isinstance(value, types.FunctionType):
+        return (id(value),)
+    return id(value), id(value.__code__), value.__defaults__, str(value.__kwdefaults__), sorted(vars(value))
+
+
+class TestLeftToTorchvision:
+    def test_transforms_of_torch_func(self, torchvision, in_place, spied):
+        with in_place():
+            pairs = torch.func.vmap(lambda box: torchvision.ops.box_iou(box[None], BOXES)[0])(BOXES)
+            _, tangent = torch.func.jvp(lambda each: torchvision.ops.box_area(each), (BOXES,), (torch.ones(3, 4),))
+        assert not spied
+        torch.testing.assert_close(pairs, torchvision.ops.box_iou(BOXES, BOXES))
+        assert tangent.tolist() == [0, 0, 0]
+
+    def test_torchscript_and_tracing(self, torchvision, in_place, spied):
+        with in_place():
+            scripted = torch.jit.script(torchvision.ops.nms)
+            traced = torch.jit.trace(lambda boxes: torchvision.ops.box_iou(boxes, boxes), BOXES, check_trace=False)
+            assert scripted(BOXES, SCORES, 0.5).tolist() == [1, 2]
+        assert traced(BOXES).shape == (3, 3)
+        assert not spied
+
+    def test_arguments_that_detops_refuses(self, torchvision, in_place):
+        calls = [
+            lambda: torchvision.ops.nms(BOXES, SCORES, -0.5),
+            lambda: torchvision.ops.batched_nms(BOXES, SCORES, torch.tensor([0.0, 0.5, 0.0]), 0.5),
+            lambda: torchvision.ops.remove_small_boxes(BOXES[None], 1.0),
+            lambda: torchvision.ops.clip_boxes_to_image(BOXES.int(), (5, 5)),
+            lambda: torchvision.ops.box_convert(BOXES.int(), "xyxy", "cxcywh"),
+            lambda: torchvision.ops.masks_to_boxes(torch.zeros(2, 0, 5)),
+            lambda: torchvision.ops.generalized_box_iou_loss(BOXES, BOXES[0]),
+            lambda: torchvision.ops.sigmoid_focal_loss(SCORES, SCORES, gamma=-1),
+        ]
+        expected = [call() for call in calls]
+        with in_place():
+            results = [call() for call in calls]
+        for result, other in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, other)
+
+    def test_anchors_that_are_not_what_the_options_say(self, torchvision, in_place, spied):
+        from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+        from torchvision.models.detection.image_list import ImageList
+
+        class Own(AnchorGenerator):
+            def generate_anchors(self, *args, **kwargs):
+                return super().generate_anchors(*args, **kwargs) + 1
+
+        images, maps = ImageList(torch.zeros(2, 3, 64, 96), [(64, 90), (60, 96)]), [torch.zeros(2, 1, 4, 6)]
+        changed = AnchorGenerator(((16,),), ((1.0,),))
+        changed.cell_anchors[0].mul_(2)
+        replaced = AnchorGenerator(((16,),), ((1.0,),))
+        rounded = AnchorGenerator(((900,),), ((0.7,),))
+        rounded(images, [each.bfloat16() for each in maps])  # which rounds its cells for good
+        defaults = DefaultBoxGenerator([[2]])
+        defaults._wh_pairs[0].mul_(0.5)
+        with in_place():
+            replaced(images, maps)
+            assert spied == {"grid_anchors"}
+            replaced.cell_anchors = [each + 3 for each in replaced.cell_anchors]
+        for generator in (Own(((16,),), ((1.0,),)), changed, replaced, rounded, defaults):
+            expected = generator(images, maps)
+            with in_place():
+                for one, other in zip(generator(images, maps), expected, strict=True):
+                    assert torch.equal(one, other)
+
+    def test_anchors_may_be_changed_by_the_caller(self, torchvision, in_place):
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.image_list import ImageList
+
+        images, maps = ImageList(torch.zeros(2, 3, 64, 96), [(64, 90), (60, 96)]), [torch.zeros(2, 1, 4, 6)]
+        with in_place():
+            generator = AnchorGenerator(((16,),), ((1.0,),))
+            first, second = generator(images, maps)
+            first += 1
+            assert torch.equal(second, generator(images, maps)[0])
+
+    def test_a_pyramid_with_a_gap(self, torchvision, in_place):
+        pool = torchvision.ops.MultiScaleRoIAlign(["a", "c"], 2, 2)
+        maps = {"a": torch.rand(1, 3, 32, 32), "b": torch.rand(1, 3, 16, 16), "c": torch.rand(1, 3, 8, 8)}
+        boxes = [torch.tensor([[0.0, 0, 30, 30], [0, 0, 120, 120], [0, 0, 20, 128]])]
+        expected = pool(maps, boxes, [(128, 128)])
+        with in_place():
+            torch.testing.assert_close(pool(maps, boxes, [(128, 128)]), expected)
+
+    def test_a_matcher_of_ones_own(self, torchvision, in_place):
+        from torchvision.models.detection._utils import Matcher
+
+        class Own(Matcher):
+            def set_low_quality_matches_(self, matches, all_matches, match_quality_matrix):
+                matches.fill_(7)
+
+        with in_place():
+            assert Own(0.7, 0.3, True)(torch.rand(2, 5)).tolist() == [7] * 5
+            with pytest.raises(ValueError, match="No ground-truth boxes"):
+                Matcher(0.7, 0.3)(torch.rand(0, 5))
+
+
+class TestWithoutTorchvision:
+    """In other processes, where it is or is not installed."""
+
+    def run(self, code):
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+
+    def test_detops_does_not_import_it(self):
+        done = self.run("import detops, sys; detops.compat.torchvision; assert 'torchvision' not in sys.modules")
+        assert done.returncode == 0, done.stderr
+
+    def test_the_error_is_clear(self):
+        done = self.run(
+            "import sys; sys.modules['torchvision'] = None; import detops; detops.compat.torchvision.install()"
+        )
+        assert done.returncode == 1
+        assert "ImportError: detops.compat.torchvision: torchvision must be installed" in done.stderr
