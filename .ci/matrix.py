@@ -1,0 +1,93 @@
+"""Build the sdist and, from it, the wheel, and try that wheel under many versions of Python and torch.
+
+    python .ci/matrix.py                                        every Python that is found, every torch
+    python .ci/matrix.py --python 3.11 3.13 --torch 2.10.0 newest
+
+Each environment is fresh and takes a minute or more. Ends with status 1 if one failed. Needs the package
+`build`, g++, and python3.10 to python3.13 where they are to be tried.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+TORCHES = ["2.10.0", "2.11.0", "2.13.0", "newest"]
+TESTS = ["tests/test_library.py", "tests/test_nms.py", "tests/test_iou.py", "tests/test_roi_align.py"]
+
+
+def run(*command, **options) -> str:
+    """The output of a command; an error has it too."""
+    result = subprocess.run(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options
+    )
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))} ended with {result.returncode}:\n{result.stdout[-3000:]}")
+    return result.stdout
+
+
+def interpreter(version: str) -> str | None:
+    """That Python, if it is there and runs."""
+    path = shutil.which(f"python{version}")
+    if path and subprocess.run([path, "-c", ""], capture_output=True).returncode == 0:
+        return path
+    return None
+
+
+def build(folder: Path) -> Path:
+    """An sdist, and the wheel that it builds, with CUDA kernels if DETOPS_CUDA=1 is set. Returns the wheel."""
+    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
+    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
+    print(f"{sdist.name} ({sdist.stat().st_size >> 10} KB), {wheel.name} ({wheel.stat().st_size >> 10} KB)", flush=True)
+    return wheel
+
+
+def try_wheel(wheel: Path, python: str, torch: str, folder: Path) -> str:
+    """Installs the wheel beside that torch, calls its report and runs some tests; what it ran under."""
+    run(python, "-m", "venv", folder)
+    pip = [folder / "bin" / "pip", "install", "-q"]
+    run(*pip, "torch" if torch == "newest" else f"torch=={torch}", "numpy", "pytest", "hypothesis")
+    run(*pip, "--no-deps", wheel)
+    run(folder / "bin" / "python", "-m", "detops", cwd=folder)  # not in the source folder, which would be found first
+    tests = run(
+        *(folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *TESTS),
+        cwd=ROOT,
+        env={**os.environ, "DETOPS_EMULATION": "0", "DETOPS_TEST_DEVICES": "cpu"},
+    )
+    version = run(folder / "bin" / "python", "-c", "import torch; print(torch.__version__)", cwd=folder).strip()
+    return f"torch {version}: {tests.strip().splitlines()[-1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", nargs="+", default=PYTHONS, help=f"default: {' '.join(PYTHONS)}")
+    parser.add_argument("--torch", nargs="+", default=TORCHES, help=f"default: {' '.join(TORCHES)}")
+    parser.add_argument("--wheel", type=Path, help="try this one instead of building")
+    args = parser.parse_args()
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        wheel = args.wheel or build(Path(folder))
+        for version in args.python:
+            python = interpreter(version)
+            for torch in args.torch:
+                start = time.monotonic()
+                environment = Path(folder) / f"{version}-{torch}"
+                try:
+                    outcome = try_wheel(wheel, python, torch, environment) if python else "not tried: no such Python"
+                except RuntimeError as error:
+                    failed = True
+                    print(error, file=sys.stderr)
+                    outcome = "FAILED"
+                shutil.rmtree(environment, ignore_errors=True)
+                print(f"Python {version}, {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
