@@ -2,7 +2,7 @@
 
     python benchmarks/run.py                     all families
     python benchmarks/run.py nms --quick         one family, within half a minute
-    python benchmarks/run.py nms --json out.json --plot out.png
+    python benchmarks/run.py --json out.json --plot out.md      and a page with tables and plots
 
 Every result is checked before it is timed; a wrong one ends the run with exit status 1.
 """
@@ -16,20 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import harness
+import report
 import torch
 
-FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("run", "harness"))
-
-
-def digits(value: float) -> str:
-    """Three of them, without an exponent."""
-    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-
-
-def time_text(seconds: float, quartiles: tuple[float, float] | None = None) -> str:
-    unit, scale = next(((u, s) for u, s in (("s", 1), ("ms", 1e3)) if seconds * s >= 1), ("us", 1e6))
-    spread = f" ({'-'.join(digits(q * scale) for q in quartiles)})" if quartiles else ""
-    return f"{digits(seconds * scale)} {unit}{spread}"
+FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("run", "harness", "report"))
 
 
 class Table:
@@ -44,27 +34,10 @@ class Table:
         return "  ".join(f"{cell:<{width}}" for cell, width in zip(cells, self.widths, strict=True)).rstrip()
 
     def header(self) -> str:
-        return self.line(["case", "detops (quartiles)", *self.peers, "GB/s (of copy)", "floor", "memory", "asked"])
+        return self.line(report.header(self.peers))
 
     def row(self, measured: dict) -> str:
-        ours = measured["detops"]
-        peers = []
-        for name in self.peers:
-            peer = measured["peers"].get(name)
-            differs = "" if not peer or peer["agrees"] else " *"
-            peers.append(f"{time_text(peer['median'])} {digits(peer['ratio'])}x{differs}" if peer else "")
-        memory = measured["peak_extra_bytes"]
-        return self.line(
-            [
-                measured["name"],
-                time_text(ours["median"], ours["quartiles"]),
-                *peers,
-                f"{measured['gb_per_s']:.3g} ({1e9 * measured['gb_per_s'] / self.bandwidth:.1%})",
-                time_text(measured["floor"]["median"]),
-                "" if memory is None else f"{digits(memory / 1e6)} MB",
-                measured["asked"],
-            ]
-        )
+        return self.line(report.cells(measured, self.peers, self.bandwidth / 1e9))
 
 
 def progress_bar(total: int):
@@ -73,49 +46,14 @@ def progress_bar(total: int):
     return tqdm.tqdm(total=total, leave=False) if tqdm and sys.stderr.isatty() else nullcontext()
 
 
-def plot(report: dict, path: str) -> None:
-    """Ratios of every case, and time against size."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    cases = [case for case in report["cases"] if case["peers"]]
-    figure = Figure(figsize=(16, 3 + 0.3 * len(cases)), layout="tight")
-    ratios, scaling = figure.subplots(1, 2)
-    peers = list(dict.fromkeys(name for case in cases for name in case["peers"]))
-    for row, case in enumerate(cases):
-        height = 0.8 / len(case["peers"])
-        for i, (name, peer) in enumerate(case["peers"].items()):
-            ratios.barh(row + i * height, peer["ratio"], height, align="edge", color=f"C{peers.index(name)}")
-    ratios.set_yticks([row + 0.4 for row in range(len(cases))], [case["name"] for case in cases])
-    ratios.legend([Patch(color=f"C{i}") for i in range(len(peers))], peers)
-    ratios.invert_yaxis()
-    ratios.set_xscale("log")
-    ratios.axvline(1, color="black", linewidth=1)
-    ratios.set_xlabel("peer's time / detops's time")
-
-    for colour, series in enumerate(dict.fromkeys(case["series"] for case in report["cases"] if case["series"])):
-        members = [case for case in report["cases"] if case["series"] == series]
-        if len(members) < 2:
-            continue
-        for name, style in (("detops", "-o"), ("torchvision", "--x")):
-            points = [(c["size"], c["detops"] if name == "detops" else c["peers"].get(name)) for c in members]
-            points = [(size, timing["median"]) for size, timing in points if timing]
-            if points:
-                scaling.loglog(*zip(*points, strict=True), style, color=f"C{colour}", label=f"{name}, {series}")
-    scaling.set_xlabel("boxes")
-    scaling.set_ylabel("seconds")
-    scaling.legend()
-    machine = report["machine"]
-    figure.suptitle(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} CPU threads, {report['date'][:10]}")
-    figure.savefig(path, dpi=80)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="family", help=f"of {', '.join(FAMILIES)} (default: all)")
     parser.add_argument("--quick", action="store_true", help="fewer and smaller cases, less time each")
     parser.add_argument("--json", metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--plot", metavar="FILE", help="draw it (needs matplotlib)")
+    parser.add_argument(
+        "--plot", metavar="FILE", help="write a page of Markdown, and plots beside it (needs matplotlib)"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     args = parser.parse_args()
@@ -133,7 +71,7 @@ def main() -> int:
     cases = [(family, case) for family, members in families.items() for case in members]
 
     print(f"{machine['gpu'] or machine['cpu']}, {machine['threads']} CPU threads, copies at {bandwidth / 1e9:.3g} GB/s")
-    print(", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str)))
+    print(report.versions_text(versions))
     table = Table([case for _, case in cases], bandwidth)
     print(table.header(), flush=True)
     measured = []
@@ -150,7 +88,7 @@ def main() -> int:
     if any(not peer["agrees"] for case in measured for peer in case["peers"].values()):
         print("* its result differs from the definition's")
 
-    report = {
+    everything = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": harness.git_commit(),
         "machine": machine,
@@ -161,9 +99,9 @@ def main() -> int:
         "cases": measured,
     }
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        Path(args.json).write_text(json.dumps(everything, indent=1) + "\n")
     if args.plot:
-        plot(report, args.plot)
+        report.write_page(everything, Path(args.plot))
     return 0
 
 
