@@ -15,6 +15,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from conftest import Device
 from torch import nn
 
 import detops
@@ -174,6 +175,24 @@ class TestModels:
         with in_place():
             assert_same_detections(detect(model, images), expected)
         assert_same_detections(detect(model, images), expected)
+
+
+@pytest.mark.parametrize("name", ["retinanet", "ssd"])
+def test_detections_have_gradients(torchvision, in_place, name):
+    model, (images, _) = build(name).eval(), pictures(Device("cpu"))
+
+    def gradients():
+        model.zero_grad()
+        sum((each["boxes"].sum() + each["scores"].sum()) for each in model(images)).backward()
+        return [each.grad for each in model.parameters() if each.grad is not None]
+
+    expected = gradients()
+    with in_place():
+        ours = gradients()
+    assert len(ours) == len(expected) > 10
+    largest = max(each.abs().max().item() for each in expected)
+    for one, other in zip(ours, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * largest)
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)

@@ -46,8 +46,7 @@ class Redirection:
                 f"detops.compat: {self._key} must be the function of its library, got {function!r}: "
                 "something else has replaced or wrapped it"
             )
-        names = list(inspect.signature(function).parameters)
-        ours = list(inspect.signature(replacement).parameters)[1:]
+        names, ours = _parameters(function.__code__), _parameters(replacement.__code__)[1:]
         if names != ours:
             raise RuntimeError(
                 f"detops.compat: {self._key} must have the parameters {ours}, got {names}: "
@@ -63,15 +62,20 @@ class Redirection:
         del original.__wrapped__
         targets[self._key] = functools.partial(self._replacement, original)
         function.__wrapped__ = original  # where TorchScript finds the source
-        function.__code__ = _code_calling(self._key, self._code)
+        function.__code__ = _code_calling(self._key, self._code.co_name, *_parameters(self._code))
 
     def stop(self) -> None:
         self._function.__code__ = self._code
         del self._function.__wrapped__
 
 
-def _code_calling(key: str, code: CodeType) -> CodeType:
-    parameters = ", ".join(code.co_varnames[: code.co_argcount])
-    source = _SOURCE.format(name=code.co_name, parameters=parameters, key=key)
+def _parameters(code: CodeType) -> list[str]:
+    names = [*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
+    return names if not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) else [*names, "..."]
+
+
+@functools.cache
+def _code_calling(key: str, name: str, *parameters: str) -> CodeType:
+    source = _SOURCE.format(name=name, parameters=", ".join(parameters), key=key)
     module = compile(source, f"<{key} by detops.compat>", "exec", dont_inherit=True)
     return next(constant for constant in module.co_consts if isinstance(constant, CodeType))

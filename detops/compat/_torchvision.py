@@ -24,7 +24,7 @@ class Torchvision:
       names, `sigmoid_focal_loss`;
     - `roi_align`, `roi_pool`, `ps_roi_align`, `ps_roi_pool`, their modules, and `MultiScaleRoIAlign`;
     - of the detection models `Matcher`, `BoxCoder`, `AnchorGenerator`, `DefaultBoxGenerator`, and the post-processing
-      of RetinaNet, FCOS and SSD.
+      of RetinaNet and SSD.
 
     Samplers stay torchvision's: another random stream would change losses.
 

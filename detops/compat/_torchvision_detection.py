@@ -19,22 +19,17 @@ _ANCHORS = "torchvision.models.detection.anchor_utils"
 def _match(original, self, match_quality_matrix):
     qualities = match_quality_matrix
     served = takes(qualities) and floating(qualities) and qualities.ndim == 2 and qualities.numel() > 0
-    if not served or _has_own(self, "Matcher", "set_low_quality_matches_"):
+    if not served or _has_own(self, original.__globals__["Matcher"], "set_low_quality_matches_"):
         return original(self, qualities)
     return detops.Matcher(self.high_threshold, self.low_threshold, self.allow_low_quality_matches)(qualities)
 
 
-def _has_own(instance, ancestor: str, *methods: str) -> bool:
-    """Whether a subclass of torchvision's class of that name, or the instance, has methods of its own."""
-    (base,) = (each for each in type(instance).__mro__ if each.__name__ == ancestor and _is_torchvisions(each))
-    return any(
+def _has_own(instance, base: type, *methods: str) -> bool:
+    """Whether it has other methods than torchvision's class."""
+    return not isinstance(instance, base) or any(
         name in vars(instance) or getattr(type(instance), name, None) is not getattr(base, name, None)
         for name in methods
     )
-
-
-def _is_torchvisions(cls: type) -> bool:
-    return cls.__module__.startswith("torchvision.")
 
 
 @instead_of(_UTILS, "BoxCoder.encode_single")
@@ -60,7 +55,9 @@ def _weighs(coder) -> bool:
 
 @instead_of(_ANCHORS, "AnchorGenerator.forward")
 def _generate_anchors(original, self, image_list, feature_maps):
-    own = _has_own(self, "AnchorGenerator", "generate_anchors", "grid_anchors", "set_cell_anchors")
+    own = _has_own(
+        self, original.__globals__["AnchorGenerator"], "generate_anchors", "grid_anchors", "set_cell_anchors"
+    )
     if own or not _makes_anchors_for(feature_maps):
         return original(self, image_list, feature_maps)
     self.set_cell_anchors(feature_maps[0].dtype, feature_maps[0].device)  # as torchvision leaves them
@@ -79,7 +76,7 @@ def _anchor_generator(generator):
 
 @instead_of(_ANCHORS, "DefaultBoxGenerator.forward")
 def _generate_default_boxes(original, self, image_list, feature_maps):
-    own = _has_own(self, "DefaultBoxGenerator", "_generate_wh_pairs", "_grid_default_boxes")
+    own = _has_own(self, original.__globals__["DefaultBoxGenerator"], "_generate_wh_pairs", "_grid_default_boxes")
     if own or not _makes_anchors_for(feature_maps) or feature_maps[0].dtype not in (torch.float32, torch.float64):
         return original(self, image_list, feature_maps)
     generator = _agreeing(self, _default_box_generator, self._wh_pairs)
@@ -159,18 +156,18 @@ def _postprocess_retinanet(original, self, head_outputs, anchors, image_shapes):
     counts = torch.stack([level.counts for level in best]).tolist()
     detections = []
     for image, shape in enumerate(image_shapes):
-        rows = [(level, image, slice(counts[k][image])) for k, level in enumerate(best)]
-        image_deltas = torch.cat([level.boxes[image, kept] for level, image, kept in rows])
-        scores = torch.cat([level.scores[image, kept] for level, image, kept in rows]).sigmoid()
-        labels = torch.cat([level.labels[image, kept] for level, image, kept in rows])
-        image_anchors = torch.cat(
-            [own[level.indices[image, kept]] for (level, image, kept), own in zip(rows, anchors[image], strict=True)]
-        )
+        parts = [], [], [], []  # gathered from the inputs, which may want gradients
+        for level, (found, level_counts) in enumerate(zip(best, counts, strict=True)):
+            rows, classes = (each[image, : level_counts[image]] for each in (found.indices, found.labels))
+            level_parts = logits[level][image, rows, classes], classes, deltas[level][image, rows]
+            for part, each in zip(parts, (*level_parts, anchors[image][level][rows]), strict=True):
+                part.append(each)
+        image_logits, labels, image_deltas, image_anchors = map(torch.cat, parts)
+        scores = image_logits.sigmoid()
         (above,) = torch.where(scores > self.score_thresh)
         if len(above) < len(scores):
-            image_deltas, scores, labels, image_anchors = (
-                each[above] for each in (image_deltas, scores, labels, image_anchors)
-            )
+            scores, labels = scores[above], labels[above]
+            image_deltas, image_anchors = image_deltas[above], image_anchors[above]
         boxes = detops.clip_boxes_to_image(self.box_coder.decode_single(image_deltas, image_anchors), shape)
         keep = detops.batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
         detections.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
@@ -196,11 +193,10 @@ def _postprocess_ssd(original, self, head_outputs, image_anchors, image_shapes):
             max_candidates=self.topk_candidates,
         )
         label, rank = torch.where(found.labels == 0)
-        best_scores, order = found.scores[label, rank].sort(descending=True, stable=True)
-        order = order[: self.detections_per_img]
-        label, rank = label[order], rank[order]
-        kept = {"boxes": found.boxes[label, rank], "scores": best_scores[: len(order)], "labels": label + 1}
-        detections.append(kept)
+        best = found.scores[label, rank].sort(descending=True, stable=True).indices[: self.detections_per_img]
+        label, row = label[best], found.indices[label[best], rank[best]]
+        # Gathered from the inputs, which may want gradients.
+        detections.append({"boxes": boxes[row], "scores": class_scores[label, row], "labels": label + 1})
     return detections
 
 
