@@ -6,19 +6,34 @@
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int64_t kChannels = 16;  // channels of the input that are read together
-
-// One bin of one RoI on one channel; `taps` columns of a row are next to each other or `column` apart.
-template <class S, class T>
-DETOPS_HD T pool_bin(const S* map, const MapStrides& strides, Taps<T> rows, Taps<T> columns) {
-  T sum = T(0);
+// A bin of a RoI in `lanes` channels that are `apart` from each other.
+template <int lanes, class S, class T>
+DETOPS_HD void pool_some(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns, S* out,
+                         int64_t out_apart) {
+  T sums[lanes] = {};
   for (const Tap<T>& y : rows) {
-    const S* const row = map + y.pixel * strides.row;
-    T of_row = T(0);
-    for (const Tap<T>& x : columns) of_row += x.weight * static_cast<T>(row[x.pixel * strides.column]);
-    sum += y.weight * of_row;
+    T of_row[lanes] = {};
+    for (const Tap<T>& x : columns) {
+      const S* const pixel = map + y.pixel * strides.row + x.pixel * strides.column;
+      for (int lane = 0; lane < lanes; ++lane) of_row[lane] += x.weight * static_cast<T>(pixel[lane * apart]);
+    }
+    for (int lane = 0; lane < lanes; ++lane) sums[lane] += y.weight * of_row[lane];
   }
-  return sum;
+  for (int lane = 0; lane < lanes; ++lane) out[lane * out_apart] = static_cast<S>(sums[lane]);
+}
+
+// A bin of a RoI in all of its channels.
+template <class S, class T>
+DETOPS_CLONES void pool_bin(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns,
+                            int64_t channels, S* out, int64_t out_apart) {
+  constexpr int kLanes = 4;
+  int64_t c = 0;
+  for (; c + kLanes <= channels; c += kLanes) {
+    pool_some<kLanes>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
+  }
+  for (; c < channels; ++c) {
+    pool_some<1>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
+  }
 }
 
 template <class S>
@@ -26,20 +41,25 @@ void ps_roi_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeTyp
                 const RoiOptions& options, S* out) {
   using T = ComputeType<S>;
   const RoiTables<T> tables(boxes, count, map.shape, options);
-  const int64_t bins = int64_t(options.bins_y) * options.bins_x, channels = map.shape.channels;
-  const int64_t used = static_cast<int64_t>(tables.all().size());
+  const int bins = options.bins_y * options.bins_x;
+  const int64_t channels = map.shape.channels, used = static_cast<int64_t>(tables.all().size());
   const MapStrides strides(map.channels_last, map.shape.levels[0].height, map.shape.levels[0].width, channels);
+  const int64_t out_apart = map.channels_last ? 1 : bins;
+  const auto pool = [&](const RoiTable<T>& table, int bin) {
+    pool_bin<S, T>(map.image(0, table.image) + bin * strides.channel, strides, bins * strides.channel,
+                   table.y(bin / options.bins_x), table.x(bin % options.bins_x), channels / bins,
+                   out + table.roi * channels + bin_offset(map.channels_last, 0, bin, channels / bins, bins),
+                   out_apart);
+  };
   for (int64_t roi : tables.blank()) std::fill_n(out + roi * channels, channels, S(0));
-  parallel_parts(ceil_div(channels, kChannels), used, [&](int64_t part, int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const RoiTable<T>& table = tables.all()[i];
-      const S* const image = map.image(0, table.image);
-      for (int64_t c = part * kChannels; c < min_of((part + 1) * kChannels, channels); ++c) {
-        const int bin = static_cast<int>(c % bins);
-        const T value = pool_bin(image + c * strides.channel, strides, table.y(bin / options.bins_x),
-                                 table.x(bin % options.bins_x));
-        out[table.roi * channels + bin_offset(map.channels_last, c / bins, bin, channels / bins, bins)] =
-            static_cast<S>(value);
+  // What a thread reads should lie together: the channels of a bin, or the pixels of a RoI.
+  const int64_t parts = map.channels_last ? used : bins;
+  parallel_items(parts, [&](const auto& next) {
+    for (int64_t part = next(); part >= 0; part = next()) {
+      if (map.channels_last) {
+        for (int bin = 0; bin < bins; ++bin) pool(tables.all()[part], bin);
+      } else {
+        for (const RoiTable<T>& table : tables.all()) pool(table, static_cast<int>(part));
       }
     }
   });
@@ -60,6 +80,7 @@ void ps_roi_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t cou
     for (int64_t item = next(); item >= 0; item = next()) {
       const int image = static_cast<int>(item / parts);
       const int64_t part = item % parts;
+      const int bin_of_part = static_cast<int>(part % bins);
       const IndexRange range = tables.of_map(0, image);
       const int64_t size = out.channels_last ? width * channels : height * width;
       store_sums(out.image(0, image) + part * size, size, buffer, [&](T* target) {
@@ -67,10 +88,9 @@ void ps_roi_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t cou
           const RoiTable<T>& table = tables.all()[i];
           const S* const values = grad + table.roi * channels;
           if (!out.channels_last) {
-            const int bin = static_cast<int>(part % bins);
             const T value = static_cast<T>(values[part]);
-            for (const Tap<T>& y : table.y(bin / options.bins_x)) {
-              for (const Tap<T>& x : table.x(bin % options.bins_x)) {
+            for (const Tap<T>& y : table.y(bin_of_part / options.bins_x)) {
+              for (const Tap<T>& x : table.x(bin_of_part % options.bins_x)) {
                 target[y.pixel * width + x.pixel] += y.weight * x.weight * value;
               }
             }

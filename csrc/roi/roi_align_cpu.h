@@ -6,33 +6,21 @@
 #pragma once
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 #include <vector>
 
+#include "roi/eight_cpu.h"
 #include "roi/roi_cpu.h"
 #include "roi/roi_ops.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int kLanes = 8;      // columns that are handled together
+constexpr int kLanes = 8;      // columns or channels that are handled together
 constexpr int kPlanes = 8;     // planes that are handled together
 constexpr int kChannels = 64;  // channels whose sums are kept in registers
 
 // ---- forward, contiguous
-
-// The columns that are added up together: those of the RoI, extended to whole vectors where the map is wide enough.
-struct Columns {
-  int begin, count;
-};
-template <class T>
-Columns columns_of(const RoiTable<T>& table, int width) {
-  const int count = table.column_end - table.column_begin;
-  const int whole = ceil_div(count, kLanes) * kLanes;
-  if (whole > width) return {table.column_begin, count};
-  return {min_of(table.column_begin, width - whole), whole};
-}
 
 // Room for what pool_planes works on.
 template <class T>
@@ -46,48 +34,10 @@ struct PlaneSums {
   }
 };
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define DETOPS_HAS_SHUFFLE
-#endif
-#endif
-
-#if defined(DETOPS_HAS_SHUFFLE)
-template <class T>
-struct EightOf {
-  typedef T type __attribute__((vector_size(8 * sizeof(T))));
-};
-template <class T>
-using Eight = typename EightOf<T>::type;
-
-// out[j][i] = in[i][j] for 8 x 8 values. Compilers do not find the shuffles that do it.
-template <class T>
-DETOPS_HD void transpose_eight(const Eight<T> (&in)[8], T* out, int64_t stride) {
-  Eight<T> pairs[8], fours[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    pairs[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    fours[i] = __builtin_shufflevector(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    fours[i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    fours[i + 2] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    fours[i + 3] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const Eight<T> low = __builtin_shufflevector(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    const Eight<T> high = __builtin_shufflevector(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    memcpy(out + j * stride, &low, sizeof(low));
-    memcpy(out + (j + 4) * stride, &high, sizeof(high));
-  }
-}
-#endif
-
 // sums[j][plane] = the weighted sum of rows in column j.
 template <int planes, class S, class T>
 DETOPS_HD void add_rows(const S* const (&left)[planes], int64_t width, Taps<T> rows, int count, T* __restrict__ sums) {
   int done = 0;
-#if defined(DETOPS_HAS_SHUFFLE)
   if constexpr (planes == 8) {
     for (; done + 8 <= count; done += 8) {
       Eight<T> added[8] = {};
@@ -95,18 +45,13 @@ DETOPS_HD void add_rows(const S* const (&left)[planes], int64_t width, Taps<T> r
         const int64_t offset = tap.pixel * width + done;
         for (int plane = 0; plane < 8; ++plane) {
           Eight<T> values;
-          if constexpr (std::is_same_v<S, T>) {
-            memcpy(&values, left[plane] + offset, sizeof(values));
-          } else {
-            for (int lane = 0; lane < 8; ++lane) values[lane] = static_cast<T>(left[plane][offset + lane]);
-          }
+          load_eight<S, T>(left[plane] + offset, values);
           added[plane] += tap.weight * values;
         }
       }
       transpose_eight(added, sums + done * planes, planes);
     }
   }
-#endif
   for (int plane = 0; plane < planes; ++plane) {
     for (int j = done; j < count; ++j) {
       T sum = 0;
@@ -154,7 +99,6 @@ DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, i
   }
   pool_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
   int64_t done = 0;
-#if defined(DETOPS_HAS_SHUFFLE)
   if constexpr (std::is_same_v<S, T>) {
     for (; count == kPlanes && done + 8 <= bins_of_plane; done += 8) {
       Eight<T> rows[8];
@@ -162,7 +106,6 @@ DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, i
       transpose_eight(rows, out + done, bins_of_plane);
     }
   }
-#endif
   for (int plane = 0; plane < count; ++plane) {
     for (int64_t i = done; i < bins_of_plane; ++i) {
       out[plane * bins_of_plane + i] = static_cast<S>(bins[i * kPlanes + plane]);
@@ -228,7 +171,7 @@ void roi_align_cpu(const RoiTensors<ComputeType<S>, const S>& maps, const Comput
     for (int64_t i = first; i < last; ++i) {
       const RoiTable<T>& table = tables.all()[i];
       const RoiLevel<T>& level = maps.shape.levels[table.level];
-      const Columns columns = columns_of(table, level.width);
+      const Columns columns = whole_columns(table.column_begin, table.column_end, level.width);
       sums.reserve(columns.count, bins);
       const S* const planes = maps.image(table.level, table.image) + channel * level.height * level.width;
       pool_planes(planes, level.height, level.width, static_cast<int>(min_of<int64_t>(kPlanes, channels - channel)),
@@ -315,7 +258,7 @@ void roi_align_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t 
         for (int64_t i = range.begin; i < range.end; ++i) {
           const RoiTable<T>& table = tables.all()[i];
           if (row_end <= table.row_begin || row_begin >= table.row_end) continue;
-          const Columns columns = columns_of(table, static_cast<int>(width));
+          const Columns columns = whole_columns(table.column_begin, table.column_end, static_cast<int>(width));
           if (sums.size() < size_t(columns.count)) sums.resize(columns.count);
           spread_plane(grad + (table.roi * channels + channel) * bins, table, options.bins_x, columns,
                        static_cast<int>(row_begin), static_cast<int>(row_end), width, sums.data(),

@@ -3,59 +3,13 @@
 
 #include <memory>
 
+#include "roi/eight_cpu.h"
 #include "roi/roi_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int64_t kPlanes = 8;     // contiguous maps of an image that are read together
-constexpr int64_t kChannels = 64;  // channels of a pixel that are compared together
-
-// ---- roi_pool
-
-// The largest of the rows begin .. end-1 of each of `count` columns, and which row that is.
-template <class S, class T>
-DETOPS_CLONES void largest_of_rows(const S* columns, int64_t width, int64_t begin, int64_t end, int64_t count,
-                                   T* __restrict__ values, int* __restrict__ rows) {
-  const S* const first = columns + begin * width;
-  for (int64_t j = 0; j < count; ++j) {
-    values[j] = static_cast<T>(first[j]);
-    rows[j] = static_cast<int>(begin);
-  }
-  for (int64_t row = begin + 1; row < end; ++row) {
-    const S* const source = columns + row * width;
-    for (int64_t j = 0; j < count; ++j) {
-      const T value = static_cast<T>(source[j]), best = values[j];
-      const bool better = (best == best) & !(value <= best);
-      values[j] = better ? value : best;
-      rows[j] = better ? static_cast<int>(row) : rows[j];
-    }
-  }
-}
-
-// The first in reading order of the largest of some columns.
-template <class T>
-DETOPS_HD Winner<T> largest_of_columns(const T* values, const int* rows, int64_t begin, int64_t end) {
-  int64_t best = begin;
-  for (int64_t j = begin + 1; j < end; ++j) {
-    const bool same = values[j] == values[best] || (values[j] != values[j] && values[best] != values[best]);
-    if (wins(values[j], values[best]) || (same && rows[j] < rows[best])) best = j;
-  }
-  return {values[best], static_cast<T>(rows[best]), static_cast<T>(best)};
-}
-
-// Compares `count` channels of a pixel with the best so far.
-template <class S, class T>
-DETOPS_CLONES void compare_pixel(const S* pixel, int64_t count, T y, T x, T* __restrict__ values, T* __restrict__ ys,
-                                 T* __restrict__ xs) {
-  for (int64_t c = 0; c < count; ++c) {
-    const T value = static_cast<T>(pixel[c]), best = values[c];
-    const bool better = (best == best) & !(value <= best);
-    values[c] = better ? value : best;
-    ys[c] = better ? y : ys[c];
-    xs[c] = better ? x : xs[c];
-  }
-}
+constexpr int64_t kPlanes = 8;  // of contiguous maps, that are compared together
 
 template <class S>
 struct MaxResult {
@@ -71,59 +25,172 @@ struct MaxResult {
   }
 };
 
-// One RoI on some planes of an image.
+// ---- roi_pool
+
+// The winners of eight channels.
+template <class T>
+struct EightWinners {
+  Eight<T> value, y, x;
+};
+
+template <class T>
+using EightFlags = decltype(Eight<T>{} == Eight<T>{});
+
+// As wins().
+template <class T>
+DETOPS_HD void eight_win(const Eight<T>& value, const Eight<T>& best, EightFlags<T>& better) {
+  better = (best == best) & ~(value <= best);
+}
+
+// The pixels of the bins of a RoI on one image.
+template <class T>
+struct BinPixels {
+  std::vector<IndexRange> y, x;
+  Columns columns;  // hold those of all bins
+
+  void set(const RoiPlace<T>& place) {
+    y.clear();
+    x.clear();
+    for (int p = 0; p < place.y.bins; ++p) y.push_back(place.y.pixels(p));
+    for (int q = 0; q < place.x.bins; ++q) x.push_back(place.x.pixels(q));
+    columns = whole_columns(static_cast<int>(x.front().begin), static_cast<int>(x.back().end), place.x.size);
+  }
+};
+
+// Of rows begin .. end-1 the largest value in each column of eight planes, and the first row that has it:
+// [columns, planes].
 template <class S, class T>
-void pool_planes(const S* planes, int64_t count, const RoiPlace<T>& place, std::vector<T>& values,
-                 std::vector<int>& rows, int64_t index, const MaxResult<S>& result) {
-  const int64_t width = place.x.size, height = place.y.size;
-  const IndexRange columns = pixels_read(place.x);
-  values.resize(columns.count());
-  rows.resize(columns.count());
-  for (int64_t plane = 0; plane < count; ++plane) {
-    const S* const left = planes + plane * height * width + columns.begin;
-    for (int p = 0; p < place.y.bins; ++p) {
-      const IndexRange y = place.y.pixels(p);
-      if (y.count() > 0) {
-        largest_of_rows(left, width, y.begin, y.end, columns.count(), values.data(), rows.data());
+DETOPS_HD void largest_of_rows(const S* const (&left)[kPlanes], int64_t width, IndexRange range, int count,
+                               T* __restrict__ values, T* __restrict__ rows) {
+  int done = 0;
+  for (; done + 8 <= count; done += 8) {
+    Eight<T> best[kPlanes], row[kPlanes];
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      load_eight<S, T>(left[plane] + range.begin * width + done, best[plane]);
+      row[plane] = Eight<T>{} + static_cast<T>(range.begin);
+      for (int64_t i = range.begin + 1; i < range.end; ++i) {
+        Eight<T> value;
+        load_eight<S, T>(left[plane] + i * width + done, value);
+        EightFlags<T> better;
+        eight_win<T>(value, best[plane], better);
+        best[plane] = better ? value : best[plane];
+        row[plane] = better ? Eight<T>{} + static_cast<T>(i) : row[plane];
       }
-      for (int q = 0; q < place.x.bins; ++q, ++index) {
-        const IndexRange x = place.x.pixels(q);
-        Winner<T> winner{T(0), T(kNoWinner), T(kNoWinner)};
-        if (y.count() > 0 && x.count() > 0) {
-          winner = largest_of_columns(values.data(), rows.data(), x.begin - columns.begin, x.end - columns.begin);
-          winner.x += static_cast<T>(columns.begin);
-        }
-        result.store(index, winner);
+    }
+    transpose_eight(best, values + done * kPlanes, kPlanes);
+    transpose_eight(row, rows + done * kPlanes, kPlanes);
+  }
+  for (int j = done; j < count; ++j) {
+    for (int plane = 0; plane < kPlanes; ++plane) {
+      T best = static_cast<T>(left[plane][range.begin * width + j]), row = static_cast<T>(range.begin);
+      for (int64_t i = range.begin + 1; i < range.end; ++i) {
+        const T value = static_cast<T>(left[plane][i * width + j]);
+        if (!wins(value, best)) continue;
+        best = value;
+        row = static_cast<T>(i);
+      }
+      values[j * kPlanes + plane] = best;
+      rows[j * kPlanes + plane] = row;
+    }
+  }
+}
+
+// Of some columns of eight planes the largest, the first in reading order.
+template <class T>
+DETOPS_HD void largest_of_columns(const T* values, const T* rows, int64_t begin, int64_t end, EightWinners<T>& best) {
+  load_eight<T, T>(values + begin * kPlanes, best.value);
+  load_eight<T, T>(rows + begin * kPlanes, best.y);
+  best.x = Eight<T>{} + static_cast<T>(begin);
+  for (int64_t j = begin + 1; j < end; ++j) {
+    Eight<T> value, row;
+    load_eight<T, T>(values + j * kPlanes, value);
+    load_eight<T, T>(rows + j * kPlanes, row);
+    EightFlags<T> better;
+    eight_win<T>(value, best.value, better);
+    better |= ((value == best.value) | ((value != value) & (best.value != best.value))) & (row < best.y);
+    best.value = better ? value : best.value;
+    best.y = better ? row : best.y;
+    best.x = better ? Eight<T>{} + static_cast<T>(j) : best.x;
+  }
+}
+
+// One RoI on up to eight planes of an image.
+template <class S, class T>
+DETOPS_CLONES void pool_planes(const S* planes, int64_t count, const RoiPlace<T>& place, const BinPixels<T>& pixels,
+                               T* values, T* rows, int64_t index, const MaxResult<S>& result) {
+  const int64_t width = place.x.size, height = place.y.size, bins = int64_t(place.y.bins) * place.x.bins;
+  const Columns columns = pixels.columns;
+  const S* left[kPlanes];
+  for (int64_t plane = 0; plane < kPlanes; ++plane) {
+    left[plane] = planes + min_of(plane, count - 1) * height * width + columns.begin;
+  }
+  for (int p = 0; p < place.y.bins; ++p) {
+    const IndexRange y = pixels.y[p];
+    if (y.count() > 0) largest_of_rows(left, width, y, columns.count, values, rows);
+    for (int q = 0; q < place.x.bins; ++q, ++index) {
+      const IndexRange x = pixels.x[q];
+      EightWinners<T> winners{Eight<T>{}, Eight<T>{} + T(kNoWinner), Eight<T>{} + T(kNoWinner)};
+      if (y.count() > 0 && x.count() > 0) {
+        largest_of_columns(values, rows, x.begin - columns.begin, x.end - columns.begin, winners);
+        winners.x += static_cast<T>(columns.begin);
+      }
+      for (int64_t plane = 0; plane < count; ++plane) {
+        result.store(index + plane * bins, {winners.value[plane], winners.y[plane], winners.x[plane]});
       }
     }
   }
 }
 
+// The winner of one bin in each of `channels` channels, with channels_last.
+template <class S, class T>
+DETOPS_CLONES void pool_bin(const S* map, int64_t width, int64_t channels, IndexRange rows, IndexRange columns,
+                            int64_t index, const MaxResult<S>& result) {
+  int64_t c = 0;
+  for (; c + 8 <= channels; c += 8) {
+    EightWinners<T> best{Eight<T>{}, Eight<T>{} + static_cast<T>(rows.begin),
+                         Eight<T>{} + static_cast<T>(columns.begin)};
+    load_eight<S, T>(map + (rows.begin * width + columns.begin) * channels + c, best.value);
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      for (int64_t x = columns.begin; x < columns.end; ++x) {
+        Eight<T> value;
+        load_eight<S, T>(map + (y * width + x) * channels + c, value);
+        EightFlags<T> better;
+        eight_win<T>(value, best.value, better);
+        best.value = better ? value : best.value;
+        best.y = better ? Eight<T>{} + static_cast<T>(y) : best.y;
+        best.x = better ? Eight<T>{} + static_cast<T>(x) : best.x;
+      }
+    }
+    for (int lane = 0; lane < 8; ++lane) {
+      result.store(index + c + lane, {best.value[lane], best.y[lane], best.x[lane]});
+    }
+  }
+  for (; c < channels; ++c) {
+    const S* const values = map + c;
+    Winner<T> best{static_cast<T>(values[(rows.begin * width + columns.begin) * channels]), static_cast<T>(rows.begin),
+                   static_cast<T>(columns.begin)};
+    for (int64_t y = rows.begin; y < rows.end; ++y) {
+      for (int64_t x = columns.begin; x < columns.end; ++x) {
+        const T value = static_cast<T>(values[(y * width + x) * channels]);
+        if (wins(value, best.value)) best = {value, static_cast<T>(y), static_cast<T>(x)};
+      }
+    }
+    result.store(index + c, best);
+  }
+}
+
 // One RoI with channels_last.
 template <class S, class T>
-void pool_pixels(const S* map, int64_t channels, const RoiPlace<T>& place, int64_t index, const MaxResult<S>& result) {
-  T values[kChannels], ys[kChannels], xs[kChannels];
-  for (int p = 0; p < place.y.bins; ++p) {
-    const IndexRange rows = place.y.pixels(p);
-    for (int q = 0; q < place.x.bins; ++q, index += channels) {
-      const IndexRange columns = place.x.pixels(q);
-      for (int64_t first = 0; first < channels; first += kChannels) {
-        const int64_t count = min_of(kChannels, channels - first);
-        const bool empty = rows.count() == 0 || columns.count() == 0;
-        for (int64_t c = 0; c < count; ++c) {
-          const S* const start = map + (rows.begin * place.x.size + columns.begin) * channels + first;
-          values[c] = empty ? T(0) : static_cast<T>(start[c]);
-          ys[c] = empty ? T(kNoWinner) : static_cast<T>(rows.begin);
-          xs[c] = empty ? T(kNoWinner) : static_cast<T>(columns.begin);
-        }
-        for (int64_t y = rows.begin; y < rows.end; ++y) {
-          for (int64_t x = columns.begin; x < columns.end; ++x) {
-            compare_pixel(map + (y * place.x.size + x) * channels + first, count, static_cast<T>(y), static_cast<T>(x),
-                          values, ys, xs);
-          }
-        }
-        for (int64_t c = 0; c < count; ++c) result.store(index + first + c, {values[c], ys[c], xs[c]});
+void pool_pixels(const S* map, int64_t width, int64_t channels, const BinPixels<T>& pixels, int64_t index,
+                 const MaxResult<S>& result) {
+  for (const IndexRange& rows : pixels.y) {
+    for (const IndexRange& columns : pixels.x) {
+      if (rows.count() > 0 && columns.count() > 0) {
+        pool_bin<S, T>(map, width, channels, rows, columns, index, result);
+      } else {
+        for (int64_t c = 0; c < channels; ++c) result.store(index + c, {T(0), T(kNoWinner), T(kNoWinner)});
       }
+      index += channels;
     }
   }
 }
@@ -139,16 +206,19 @@ void roi_max_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeTy
   const MapStrides strides(map.channels_last, height, width, channels);
   const int64_t together = map.channels_last ? channels : kPlanes;
   parallel_parts(ceil_div(channels, together), count, [&](int64_t part, int64_t first, int64_t last) {
-    std::vector<T> values;
-    std::vector<int> rows;
+    std::vector<T> values, row_numbers;
+    BinPixels<T> pixels;
     for (int64_t roi = first; roi < last; ++roi) {
       const RoiPlace<T> place = place_roi(boxes + 5 * roi, map.shape, options);
       const int64_t channel = part * together, end = min_of(channel + together, channels);
       const S* const image = map.image(0, place.image);
+      if (options.rule == RoiRule::kPool) pixels.set(place);
       if (options.rule == RoiRule::kPool && map.channels_last) {
-        pool_pixels(image, channels, place, roi * channels * bins, result);
+        pool_pixels(image, width, channels, pixels, roi * channels * bins, result);
       } else if (options.rule == RoiRule::kPool) {
-        pool_planes(image + channel * strides.channel, end - channel, place, values, rows,
+        values.resize(pixels.columns.count * kPlanes);
+        row_numbers.resize(values.size());
+        pool_planes(image + channel * strides.channel, end - channel, place, pixels, values.data(), row_numbers.data(),
                     (roi * channels + channel) * bins, result);
       } else {
         for (int64_t bin = 0; bin < bins; ++bin) {

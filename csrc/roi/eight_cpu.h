@@ -1,0 +1,74 @@
+// Eight numbers that are computed with together, and how eight times eight change places.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "common/host_device.h"
+
+namespace DETOPS_NAMESPACE {
+
+template <class T>
+struct EightOf {
+  typedef T type __attribute__((vector_size(8 * sizeof(T))));
+};
+template <class T>
+using Eight = typename EightOf<T>::type;
+
+template <class S, class T>
+DETOPS_HD void load_eight(const S* from, Eight<T>& to) {
+  if constexpr (std::is_same_v<S, T>) {
+    memcpy(&to, from, sizeof(to));
+  } else {
+    for (int lane = 0; lane < 8; ++lane) to[lane] = static_cast<T>(from[lane]);
+  }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define DETOPS_HAS_SHUFFLE
+#endif
+#endif
+
+// out[j * stride + i] = in[i][j]. Compilers do not find the shuffles that do it.
+template <class T>
+DETOPS_HD void transpose_eight(const Eight<T> (&in)[8], T* out, int64_t stride) {
+#if defined(DETOPS_HAS_SHUFFLE)
+  Eight<T> pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    fours[i] = __builtin_shufflevector(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+    fours[i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    fours[i + 2] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
+    fours[i + 3] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  for (int j = 0; j < 4; ++j) {
+    const Eight<T> low = __builtin_shufflevector(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    const Eight<T> high = __builtin_shufflevector(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    memcpy(out + j * stride, &low, sizeof(low));
+    memcpy(out + (j + 4) * stride, &high, sizeof(high));
+  }
+#else
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 8; ++j) out[j * stride + i] = in[i][j];
+  }
+#endif
+}
+
+// The columns begin .. begin+count-1 of a map's rows.
+struct Columns {
+  int begin, count;
+};
+
+// The columns begin .. end-1, extended to whole vectors where the map is wide enough.
+inline Columns whole_columns(int begin, int end, int width) {
+  const int whole = (end - begin + 7) / 8 * 8;
+  if (whole > width) return {begin, end - begin};
+  return {begin < width - whole ? begin : width - whole, whole};
+}
+
+}  // namespace DETOPS_NAMESPACE
