@@ -3,8 +3,8 @@
     python tests/torchvision_tests.py CHECKOUT [options of pytest]
 
 CHECKOUT is a source tree of torchvision, of the release that is installed; only its folder `test` is used. Left out are
-ops that detops has none of, TorchScript and quantised tensors, which stay with torchvision, and
-`test_roi_opcheck`, which calls torchvision's compiled ops by name.
+ops that detops has none of, and `test_roi_opcheck`, which calls torchvision's compiled ops by name. TorchScript and
+quantised tensors stay with torchvision, and are tested.
 """
 
 import functools
@@ -23,9 +23,7 @@ OTHER_OPS = (
     "TestStochasticDepth",
     "TestDropBlock",
     "TestUtils",
-    "TestBoxConversionToRoi",
 )
-TORCHSCRIPT_AND_QUANTISED = ("jit", "qroi", "qnms", "quantized")
 
 
 class InPlace:
@@ -62,10 +60,7 @@ class InPlace:
     def _reason(item):
         if item.cls is not None and item.cls.__name__ in OTHER_OPS:
             return "other ops"
-        name = item.originalname.lower()
-        if any(word in name for word in TORCHSCRIPT_AND_QUANTISED):
-            return "TorchScript or quantised"
-        return "torchvision's compiled ops by name" if name == "test_roi_opcheck" else None
+        return "torchvision's compiled ops by name" if item.originalname == "test_roi_opcheck" else None
 
     def pytest_terminal_summary(self, terminalreporter):
         terminalreporter.section("left out")
