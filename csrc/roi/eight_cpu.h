@@ -59,6 +59,22 @@ DETOPS_HD void transpose_eight(const Eight<T> (&in)[8], T* out, int64_t stride) 
 #endif
 }
 
+// What was computed for the bins of `count` planes, eight planes next to each other, goes where it belongs.
+template <class S, class T>
+DETOPS_HD void store_planes(const T* bins, int64_t count, int64_t bins_of_plane, S* __restrict__ out) {
+  int64_t done = 0;
+  if constexpr (std::is_same_v<S, T>) {
+    for (; count == 8 && done + 8 <= bins_of_plane; done += 8) {
+      Eight<T> rows[8];
+      memcpy(rows, bins + done * 8, sizeof(rows));
+      transpose_eight(rows, out + done, bins_of_plane);
+    }
+  }
+  for (int64_t plane = 0; plane < count; ++plane) {
+    for (int64_t i = done; i < bins_of_plane; ++i) out[plane * bins_of_plane + i] = static_cast<S>(bins[i * 8 + plane]);
+  }
+}
+
 // The columns begin .. begin+count-1 of a map's rows.
 struct Columns {
   int begin, count;

@@ -98,19 +98,7 @@ DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, i
     left[plane] = planes + min_of(plane, count - 1) * height * width + columns.begin;
   }
   pool_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
-  int64_t done = 0;
-  if constexpr (std::is_same_v<S, T>) {
-    for (; count == kPlanes && done + 8 <= bins_of_plane; done += 8) {
-      Eight<T> rows[8];
-      memcpy(rows, bins + done * kPlanes, sizeof(rows));
-      transpose_eight(rows, out + done, bins_of_plane);
-    }
-  }
-  for (int plane = 0; plane < count; ++plane) {
-    for (int64_t i = done; i < bins_of_plane; ++i) {
-      out[plane * bins_of_plane + i] = static_cast<S>(bins[i * kPlanes + plane]);
-    }
-  }
+  store_planes(bins, count, bins_of_plane, out);
 }
 
 // ---- forward, channels_last

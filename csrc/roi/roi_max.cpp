@@ -1,7 +1,9 @@
 // roi_pool, roi_align in mode "max", and their gradients: schema, checks, and the CPU kernels.
 #include "roi/roi_max.h"
 
-#include <memory>
+#include <algorithm>
+#include <tuple>
+#include <vector>
 
 #include "roi/eight_cpu.h"
 #include "roi/roi_cpu.h"
@@ -23,6 +25,12 @@ struct MaxResult {
     y[i] = winner.y;
     x[i] = winner.x;
   }
+
+  // The same from the i-th on.
+  MaxResult from(int64_t i) const {
+    if (y == nullptr) return {out + i, nullptr, nullptr};
+    return {out + i, y + i, x + i};
+  }
 };
 
 // ---- roi_pool
@@ -42,19 +50,43 @@ DETOPS_HD void eight_win(const Eight<T>& value, const Eight<T>& best, EightFlags
   better = (best == best) & ~(value <= best);
 }
 
-// The pixels of the bins of a RoI on one image.
-template <class T>
-struct BinPixels {
-  std::vector<IndexRange> y, x;
+// The pixels of the bins of a RoI.
+struct PixelTable {
+  int64_t roi;
+  int image;
   Columns columns;  // hold those of all bins
+  const IndexRange *y, *x;
+};
 
-  void set(const RoiPlace<T>& place) {
-    y.clear();
-    x.clear();
-    for (int p = 0; p < place.y.bins; ++p) y.push_back(place.y.pixels(p));
-    for (int q = 0; q < place.x.bins; ++q) x.push_back(place.x.pixels(q));
-    columns = whole_columns(static_cast<int>(x.front().begin), static_cast<int>(x.back().end), place.x.size);
+// Those of all RoIs, in an order in which what lies close is read shortly after one another.
+class PixelTables {
+ public:
+  template <class T>
+  PixelTables(const T* boxes, int64_t count, const RoiMaps<T>& maps, const RoiOptions& options) {
+    ranges_.reserve(count * (options.bins_y + options.bins_x));
+    for (int64_t roi = 0; roi < count; ++roi) {
+      const RoiPlace<T> place = place_roi(boxes + 5 * roi, maps, options);
+      const IndexRange* const y = ranges_.data() + ranges_.size();
+      for (int p = 0; p < options.bins_y; ++p) ranges_.push_back(place.y.pixels(p));
+      const IndexRange* const x = ranges_.data() + ranges_.size();
+      for (int q = 0; q < options.bins_x; ++q) ranges_.push_back(place.x.pixels(q));
+      const Columns columns =
+          whole_columns(static_cast<int>(x[0].begin), static_cast<int>(x[options.bins_x - 1].end), place.x.size);
+      tables_.push_back({roi, place.image, columns, y, x});
+    }
+    const auto key = [](const PixelTable& table) {
+      constexpr int kStrip = 64;
+      return std::make_tuple(table.image, table.y[0].begin / kStrip, table.columns.begin, table.roi);
+    };
+    std::sort(tables_.begin(), tables_.end(),
+              [&](const PixelTable& a, const PixelTable& b) { return key(a) < key(b); });
   }
+
+  const PixelTable& operator[](int64_t i) const { return tables_[i]; }
+
+ private:
+  std::vector<IndexRange> ranges_;
+  std::vector<PixelTable> tables_;
 };
 
 // Of rows begin .. end-1 the largest value in each column of eight planes, and the first row that has it:
@@ -114,31 +146,45 @@ DETOPS_HD void largest_of_columns(const T* values, const T* rows, int64_t begin,
   }
 }
 
-// One RoI on up to eight planes of an image.
+// Room for what pool_planes works on: of eight planes, [columns, planes] and [bins, planes].
+template <class T>
+struct PlaneRoom {
+  std::vector<T> values, rows;
+  std::vector<T> bins;
+};
+
+// One RoI on up to eight planes of an image, [height, width] each.
 template <class S, class T>
-DETOPS_CLONES void pool_planes(const S* planes, int64_t count, const RoiPlace<T>& place, const BinPixels<T>& pixels,
-                               T* values, T* rows, int64_t index, const MaxResult<S>& result) {
-  const int64_t width = place.x.size, height = place.y.size, bins = int64_t(place.y.bins) * place.x.bins;
-  const Columns columns = pixels.columns;
+DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, int64_t count, const PixelTable& table,
+                               int bins_y, int bins_x, PlaneRoom<T>& room, const MaxResult<S>& result) {
+  const Columns columns = table.columns;
+  const int64_t bins = int64_t(bins_y) * bins_x;
+  T *const values = room.values.data(), *const rows = room.rows.data();
+  T *const best = room.bins.data(), *const ys = best + bins * kPlanes, *const xs = ys + bins * kPlanes;
   const S* left[kPlanes];
   for (int64_t plane = 0; plane < kPlanes; ++plane) {
     left[plane] = planes + min_of(plane, count - 1) * height * width + columns.begin;
   }
-  for (int p = 0; p < place.y.bins; ++p) {
-    const IndexRange y = pixels.y[p];
+  int64_t bin = 0;
+  for (int p = 0; p < bins_y; ++p) {
+    const IndexRange y = table.y[p];
     if (y.count() > 0) largest_of_rows(left, width, y, columns.count, values, rows);
-    for (int q = 0; q < place.x.bins; ++q, ++index) {
-      const IndexRange x = pixels.x[q];
+    for (int q = 0; q < bins_x; ++q, bin += kPlanes) {
+      const IndexRange x = table.x[q];
       EightWinners<T> winners{Eight<T>{}, Eight<T>{} + T(kNoWinner), Eight<T>{} + T(kNoWinner)};
       if (y.count() > 0 && x.count() > 0) {
         largest_of_columns(values, rows, x.begin - columns.begin, x.end - columns.begin, winners);
         winners.x += static_cast<T>(columns.begin);
       }
-      for (int64_t plane = 0; plane < count; ++plane) {
-        result.store(index + plane * bins, {winners.value[plane], winners.y[plane], winners.x[plane]});
-      }
+      memcpy(best + bin, &winners.value, sizeof(winners.value));
+      memcpy(ys + bin, &winners.y, sizeof(winners.y));
+      memcpy(xs + bin, &winners.x, sizeof(winners.x));
     }
   }
+  store_planes(best, count, bins, result.out);
+  if (result.y == nullptr) return;
+  store_planes(ys, count, bins, result.y);
+  store_planes(xs, count, bins, result.x);
 }
 
 // The winner of one bin in each of `channels` channels, with channels_last.
@@ -179,60 +225,73 @@ DETOPS_CLONES void pool_bin(const S* map, int64_t width, int64_t channels, Index
   }
 }
 
-// One RoI with channels_last.
-template <class S, class T>
-void pool_pixels(const S* map, int64_t width, int64_t channels, const BinPixels<T>& pixels, int64_t index,
-                 const MaxResult<S>& result) {
-  for (const IndexRange& rows : pixels.y) {
-    for (const IndexRange& columns : pixels.x) {
-      if (rows.count() > 0 && columns.count() > 0) {
-        pool_bin<S, T>(map, width, channels, rows, columns, index, result);
-      } else {
-        for (int64_t c = 0; c < channels; ++c) result.store(index + c, {T(0), T(kNoWinner), T(kNoWinner)});
-      }
-      index += channels;
-    }
-  }
-}
-
-// ---- both
-
 template <class S>
-void roi_max_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeType<S>* boxes, int64_t count,
-                 const RoiOptions& options, const MaxResult<S>& result) {
+void roi_pool_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeType<S>* boxes, int64_t count,
+                  const RoiOptions& options, const MaxResult<S>& result) {
   using T = ComputeType<S>;
+  const PixelTables tables(boxes, count, map.shape, options);
   const int64_t channels = map.shape.channels, bins = int64_t(options.bins_y) * options.bins_x;
   const int64_t height = map.shape.levels[0].height, width = map.shape.levels[0].width;
-  const MapStrides strides(map.channels_last, height, width, channels);
+  if (map.channels_last) {
+    parallel_items(count, [&](const auto& next) {
+      for (int64_t i = next(); i >= 0; i = next()) {
+        const PixelTable& table = tables[i];
+        const S* const image = map.image(0, table.image);
+        for (int64_t bin = 0; bin < bins; ++bin) {
+          const IndexRange rows = table.y[bin / options.bins_x], columns = table.x[bin % options.bins_x];
+          const int64_t index = (table.roi * bins + bin) * channels;
+          if (rows.count() > 0 && columns.count() > 0) {
+            pool_bin<S, T>(image, width, channels, rows, columns, index, result);
+          } else {
+            for (int64_t c = 0; c < channels; ++c) result.store(index + c, {T(0), T(kNoWinner), T(kNoWinner)});
+          }
+        }
+      }
+    });
+    return;
+  }
+  parallel_parts(ceil_div(channels, kPlanes), count, [&](int64_t part, int64_t first, int64_t last) {
+    const int64_t channel = part * kPlanes;
+    PlaneRoom<T> room;
+    room.bins.resize(3 * bins * kPlanes);
+    for (int64_t i = first; i < last; ++i) {
+      const PixelTable& table = tables[i];
+      room.values.resize(table.columns.count * kPlanes);
+      room.rows.resize(room.values.size());
+      pool_planes(map.image(0, table.image) + channel * height * width, height, width,
+                  min_of(kPlanes, channels - channel), table, options.bins_y, options.bins_x, room,
+                  result.from((table.roi * channels + channel) * bins));
+    }
+  });
+}
+
+// ---- roi_align
+
+template <class S>
+void roi_align_max_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeType<S>* boxes, int64_t count,
+                       const RoiOptions& options, const MaxResult<S>& result) {
+  using T = ComputeType<S>;
+  const int64_t channels = map.shape.channels, bins = int64_t(options.bins_y) * options.bins_x;
+  const MapStrides strides(map.channels_last, map.shape.levels[0].height, map.shape.levels[0].width, channels);
   const int64_t together = map.channels_last ? channels : kPlanes;
   parallel_parts(ceil_div(channels, together), count, [&](int64_t part, int64_t first, int64_t last) {
-    std::vector<T> values, row_numbers;
-    BinPixels<T> pixels;
     for (int64_t roi = first; roi < last; ++roi) {
       const RoiPlace<T> place = place_roi(boxes + 5 * roi, map.shape, options);
       const int64_t channel = part * together, end = min_of(channel + together, channels);
       const S* const image = map.image(0, place.image);
-      if (options.rule == RoiRule::kPool) pixels.set(place);
-      if (options.rule == RoiRule::kPool && map.channels_last) {
-        pool_pixels(image, width, channels, pixels, roi * channels * bins, result);
-      } else if (options.rule == RoiRule::kPool) {
-        values.resize(pixels.columns.count * kPlanes);
-        row_numbers.resize(values.size());
-        pool_planes(image + channel * strides.channel, end - channel, place, pixels, values.data(), row_numbers.data(),
-                    (roi * channels + channel) * bins, result);
-      } else {
-        for (int64_t bin = 0; bin < bins; ++bin) {
-          const BinSamples<T> ys(place.y, static_cast<int>(bin / options.bins_x));
-          const BinSamples<T> xs(place.x, static_cast<int>(bin % options.bins_x));
-          for (int64_t c = channel; c < end; ++c) {
-            result.store(roi * channels * bins + bin_offset(map.channels_last, c, bin, channels, bins),
-                         winner_of_bin<T>(image + c * strides.channel, strides, ys, xs));
-          }
+      for (int64_t bin = 0; bin < bins; ++bin) {
+        const BinSamples<T> ys(place.y, static_cast<int>(bin / options.bins_x));
+        const BinSamples<T> xs(place.x, static_cast<int>(bin % options.bins_x));
+        for (int64_t c = channel; c < end; ++c) {
+          result.store(roi * channels * bins + bin_offset(map.channels_last, c, bin, channels, bins),
+                       winner_of_bin<T>(image + c * strides.channel, strides, ys, xs));
         }
       }
     }
   });
 }
+
+// ---- both
 
 // Parts are some channels of an image, each written by one thread, all RoIs in the order of the list.
 template <class S>
@@ -300,8 +359,12 @@ std::tuple<Tensor, Tensor> pool(const char* op, const Tensor& input, const Tenso
     if (gpu) {
       DETOPS_GPU_ONLY(roi_max_cuda<S>(map, rows, options, out, positions));
     } else {
-      roi_max_cpu<S>(map, rows.const_data_ptr<T>(), count, options,
-                     {out.mutable_data_ptr<S>(), positions, keep_winners ? positions + out.numel() : nullptr});
+      const MaxResult<S> result{out.mutable_data_ptr<S>(), positions, keep_winners ? positions + out.numel() : nullptr};
+      if (options.rule == RoiRule::kPool) {
+        roi_pool_cpu<S>(map, rows.const_data_ptr<T>(), count, options, result);
+      } else {
+        roi_align_max_cpu<S>(map, rows.const_data_ptr<T>(), count, options, result);
+      }
     }
   });
   return {out, winners};
