@@ -35,6 +35,7 @@ def sigmoid_focal_loss(
         inputs: [..., C] logits, floating; any shape for dense targets.
         targets: dense, floating, in the shape of `inputs`: t in [0, 1]. Or classes, integer, [...] without the last
             dimension: 0 to C-1 a class, C background, -1 ignored (loss and gradient 0). No one-hot copy is made.
+            Assigners of detops mark background as -1: `torch.where(labels < 0, C, labels)`.
         alpha: the weight of positives, from 0 to 1; -1 for no weights.
         gamma: at least 0; 0 is the cross-entropy.
         reduction: "none", "mean" or "sum". The mean is over all elements, ignored ones included.
@@ -74,7 +75,8 @@ def quality_focal_loss(
 
     Args:
         inputs: [..., C] logits, floating.
-        targets: [...] integer: 0 to C-1 a class, C background, -1 ignored (loss and gradient 0).
+        targets: [...] integer: 0 to C-1 a class, C background, -1 ignored (loss and gradient 0). Assigners of detops
+            mark background as -1: `torch.where(labels < 0, C, labels)`.
         scores: [...] floating, in [0, 1]: the quality of each row's box, as its IoU. Not read for background.
         beta: at least 0.
         reduction: "none", "mean" or "sum". The mean is over all elements, ignored ones included.

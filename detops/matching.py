@@ -19,6 +19,8 @@ from torch import Tensor
 
 from . import _library
 from ._library import register_fake
+from .linear_sum_assignment import linear_sum_assignment as linear_sum_assignment  # of this family too
+from .linear_sum_assignment import match_detr as match_detr
 
 
 @_library.register_result

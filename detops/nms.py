@@ -34,8 +34,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Returns:
         int64 [K]: the indices of the boxes that stay, by descending score.
 
-    Ties, NaN and degenerate boxes: see `detops.nms`'s module notes. Memory beyond the inputs is O(N). On a GPU one host
-    synchronisation, for K. No gradient.
+    Ties: to the lower index; NaN scores come first. Boxes that are inverted, of zero area or not finite suppress
+    nothing and are not suppressed. Memory beyond the inputs is O(N). On a GPU one host synchronisation, for K. No
+    gradient.
 
     Raises:
         ValueError: `iou_threshold` is negative or NaN.
@@ -65,8 +66,9 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Returns:
         int64 [K]: the indices of the boxes that stay, by descending score over all groups.
 
-    Ties, NaN and degenerate boxes: see `detops.nms`'s module notes. Memory beyond the inputs is O(N). On a GPU one host
-    synchronisation, for K. No gradient.
+    Ties: to the lower index; NaN scores come first. Boxes that are inverted, of zero area or not finite suppress
+    nothing and are not suppressed. Memory beyond the inputs is O(N). On a GPU one host synchronisation, for K. No
+    gradient.
 
     Raises:
         ValueError: `iou_threshold` is negative or NaN.
@@ -99,8 +101,9 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tenso
     Returns:
         int64 [K]: the indices of the boxes that stay, by descending score over all groups.
 
-    Ties, NaN and degenerate boxes: see `detops.nms`'s module notes. Memory beyond the inputs is O(N). On a GPU one host
-    synchronisation, for K. No gradient.
+    Ties: to the lower index; NaN scores come first. Boxes that are inverted, of zero area or not finite suppress
+    nothing and are not suppressed. Memory beyond the inputs is O(N). On a GPU one host synchronisation, for K. No
+    gradient.
 
     Raises:
         ValueError: `iou_threshold` is negative or NaN.
@@ -161,8 +164,9 @@ def multiclass_nms(
         `Detections(boxes [B, K, 4], scores [B, K], labels [B, K], indices [B, K], counts [B])`, rows by descending
         score, ties to the lower (index, class). Padded rows hold boxes 0, scores 0, labels -1, indices -1.
 
-    Degenerate boxes: see `detops.nms`'s module notes. Shapes are fixed by the inputs: no host synchronisation, and a
-    CUDA graph can capture the call. Memory beyond inputs and outputs: the candidates. No gradient.
+    Boxes that are inverted, of zero area or not finite suppress nothing and are not suppressed. Shapes are fixed by the
+    inputs: no host synchronisation, and a CUDA graph can capture the call. Memory beyond inputs and outputs: the
+    candidates. No gradient.
 
     Raises:
         ValueError: a threshold is NaN, `iou_threshold` is negative, or a maximum is negative.

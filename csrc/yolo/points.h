@@ -32,7 +32,7 @@ DETOPS_HD Box<T> square_around(T x, T y, T radius) {
 // Bounds that hold nothing, to start from.
 template <class T>
 DETOPS_HD Box<T> no_bounds() {
-  const T infinity = std::numeric_limits<T>::infinity();
+  constexpr T infinity = std::numeric_limits<T>::infinity();
   return {infinity, infinity, -infinity, -infinity};
 }
 
