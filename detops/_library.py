@@ -114,6 +114,12 @@ def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
         raise RuntimeError(f"{op}: there is no forward-mode derivative: use backward")
 
 
+def refuse_complex(op: str, name: str, tensor: torch.Tensor) -> None:
+    """Raises where a conversion would drop the imaginary parts."""
+    if tensor.is_complex():
+        raise RuntimeError(f"{op}: {name} must be real, got {dtype_name(tensor.dtype)}")
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """As messages name it."""
     return str(dtype).removeprefix("torch.")

@@ -101,7 +101,9 @@ class AnchorGenerator(nn.Module):
 
     def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         height, width = image_list.tensors.shape[-2:]
-        grids = [tuple(each.shape[-2:]) for each in feature_maps]
+        grids = _grids_of("AnchorGenerator", feature_maps)
+        if not all(h and w for h, w in grids):
+            raise RuntimeError(f"AnchorGenerator: feature_maps must not be empty, got maps of {grids}")
         strides = [(height // h, width // w) for h, w in grids]
         first = feature_maps[0]
         anchors = grid_anchors(grids, strides, self.sizes, self.aspect_ratios, dtype=first.dtype, device=first.device)
@@ -146,6 +148,7 @@ def grid_anchors(
     grids, strides = _grids_and_strides(op, feature_sizes, strides)
     if len(grids) != len(sizes):
         raise RuntimeError(f"{op}: feature_sizes must have one entry per sizes ({len(sizes)}), got {len(grids)}")
+    _check_floating(op, dtype)
     device = torch.device(device)
 
     def make() -> tuple[Tensor, ...]:
@@ -182,7 +185,7 @@ class DefaultBoxGenerator(nn.Module):
     for float64 maps, on the device of the maps. All images share one cached tensor.
 
     Raises:
-        ValueError: `steps` or `scales` do not fit `aspect_ratios`.
+        ValueError: `steps` or `scales` do not fit `aspect_ratios`, or a number is not positive and finite.
         RuntimeError: there are not as many feature maps as `aspect_ratios`.
 
     Example:
@@ -217,6 +220,10 @@ class DefaultBoxGenerator(nn.Module):
         self.scales = tuple(float(scale) for scale in scales)
         self.steps = None if steps is None else tuple(float(step) for step in steps)
         self.clip = clip
+        numbers = {"aspect_ratios": sum(self.aspect_ratios, ()), "scales": self.scales, "steps": self.steps or ()}
+        for argument, values in numbers.items():
+            if not _all_positive(values):
+                raise ValueError(f"DefaultBoxGenerator: {argument} must be positive and finite, got {values}")
 
     def num_anchors_per_location(self) -> list[int]:
         """For each feature map the number of boxes at each of its places."""
@@ -226,8 +233,8 @@ class DefaultBoxGenerator(nn.Module):
         return f"aspect_ratios={self.aspect_ratios}, clip={self.clip}, scales={self.scales}, steps={self.steps}"
 
     def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        grids = tuple(_grids_of("DefaultBoxGenerator", feature_maps))
         first = feature_maps[0]
-        grids = tuple(tuple(each.shape[-2:]) for each in feature_maps)
         if len(grids) != len(self.aspect_ratios):
             raise RuntimeError(
                 f"DefaultBoxGenerator: feature_maps must be {len(self.aspect_ratios)} maps, got {len(grids)}"
@@ -312,6 +319,9 @@ def point_anchors(
     if any(down != right for down, right in steps):
         raise ValueError(f"{op}: strides must be one number per map, got {list(strides)}")
     offset, device = float(offset), torch.device(device)
+    if not math.isfinite(offset):
+        raise ValueError(f"{op}: offset must be finite, got {offset}")
+    _check_floating(op, dtype)
 
     def make() -> tuple[Tensor, ...]:
         points, lengths = [torch.empty(0, 2, dtype=dtype, device=device)], [torch.empty(0, dtype=dtype, device=device)]
@@ -524,19 +534,39 @@ def _sizes_and_ratios(op: str, sizes: Sequence, aspect_ratios: Sequence) -> tupl
     if len(sizes) != len(ratios):
         raise ValueError(f"{op}: aspect_ratios must have one entry per sizes ({len(sizes)}), got {len(ratios)}")
     for argument, numbers in (("sizes", sizes), ("aspect_ratios", ratios)):
-        if not all(number > 0 for each in numbers for number in each):
-            raise ValueError(f"{op}: {argument} must be positive, got {numbers}")
+        if not _all_positive(number for each in numbers for number in each):
+            raise ValueError(f"{op}: {argument} must be positive and finite, got {numbers}")
     return sizes, ratios
 
 
 def _grids_and_strides(op: str, feature_sizes: Sequence, strides: Sequence) -> tuple[tuple, tuple]:
-    grids = tuple((height, width) for height, width in feature_sizes)
+    grids = tuple(map(tuple, feature_sizes))
+    if not all(len(grid) == 2 and min(grid) >= 0 for grid in grids):
+        raise ValueError(f"{op}: feature_sizes must be pairs of numbers of at least 0, got {list(feature_sizes)}")
     pairs = tuple(tuple(each) if isinstance(each, list | tuple) else (each, each) for each in strides)
     if len(pairs) != len(grids):
         raise RuntimeError(f"{op}: strides must have one entry per feature_sizes ({len(grids)}), got {len(pairs)}")
-    if not all(number > 0 for pair in pairs for number in pair):
-        raise ValueError(f"{op}: strides must be positive, got {list(strides)}")
+    if not _all_positive(number for pair in pairs for number in pair):
+        raise ValueError(f"{op}: strides must be positive and finite, got {list(strides)}")
     return grids, pairs
+
+
+def _grids_of(op: str, feature_maps: Sequence[Tensor]) -> list[tuple[int, int]]:
+    if len(feature_maps) == 0:
+        raise RuntimeError(f"{op}: feature_maps must be at least one map, got none")
+    for each in feature_maps:
+        if each.ndim < 2:
+            raise RuntimeError(f"{op}: feature_maps must have shape [B, C, h, w], got {list(each.shape)}")
+    return [tuple(each.shape[-2:]) for each in feature_maps]
+
+
+def _all_positive(numbers) -> bool:
+    return all(0 < number < math.inf for number in numbers)  # so that NaN fails too
+
+
+def _check_floating(op: str, dtype: torch.dtype) -> None:
+    if not dtype.is_floating_point:
+        raise ValueError(f"{op}: dtype must be floating, got {_library.dtype_name(dtype)}")
 
 
 def _cell_anchors(scales: Sequence[float], ratios: Sequence[float]) -> Tensor:

@@ -117,7 +117,11 @@ class BoxCoder:
 
     def encode(self, reference_boxes: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """For each image the deltas [n, 4] of its boxes [n, 4] from its proposals [n, 4]."""
-        counts = [len(boxes) for boxes in reference_boxes]
+        _check_rows("reference_boxes", reference_boxes)
+        _check_rows("proposals", proposals)
+        counts, others = [len(boxes) for boxes in reference_boxes], [len(boxes) for boxes in proposals]
+        if counts != others:
+            raise RuntimeError(f"BoxCoder: proposals must be as many as reference_boxes, {counts}, got {others}")
         return self.encode_single(torch.cat(list(reference_boxes)), torch.cat(list(proposals))).split(counts)
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
@@ -126,8 +130,13 @@ class BoxCoder:
 
     def decode(self, rel_codes: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Boxes [sum n, C, 4] of deltas [sum n, 4 C], in any shape, for the proposals [n, 4] of each image."""
+        _check_rows("boxes", boxes)
         anchors = torch.cat(list(boxes))
         if len(anchors):
+            if rel_codes.numel() % (4 * len(anchors)):
+                raise RuntimeError(
+                    f"BoxCoder: rel_codes must have shape [{len(anchors)}, 4 C], got {list(rel_codes.shape)}"
+                )
             rel_codes = rel_codes.reshape(len(anchors), -1)
         decoded = self.decode_single(rel_codes, anchors)
         return decoded.reshape(len(anchors), -1, 4) if len(anchors) else decoded
@@ -285,11 +294,20 @@ def decode_yolo(raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]
         raise ValueError(f"{op}: strides must be positive, got {strides}")
     if anchors.requires_grad:
         raise RuntimeError(f"{op}: anchors must not require a gradient, got requires_grad=True; detach them")
+    _library.refuse_complex(op, "anchors", anchors)
     raw = list(raw)
     _library.refuse_forward_mode(op, *raw)
     if raw:
         anchors = anchors.to(torch.float64 if raw[0].dtype == torch.float64 else torch.float32)
     return YoloPredictions(*_library.ops.decode_yolo(raw, anchors, strides, _YOLO_VERSIONS[version]))
+
+
+def _check_rows(name: str, boxes: Sequence[Tensor]) -> None:
+    if len(boxes) == 0:
+        raise RuntimeError(f"BoxCoder: {name} must be the boxes of at least one image, got none")
+    for each in boxes:
+        if each.ndim != 2 or each.shape[1] != 4:
+            raise RuntimeError(f"BoxCoder: {name} must have shape [n, 4], got {list(each.shape)}")
 
 
 def _checked_weights(op: str, weights: Sequence[float]) -> tuple[float, ...]:
@@ -329,6 +347,7 @@ def _share_points(op: str, first_name: str, first: Tensor, points: Tensor, strid
         return first, points, None
     if strides.requires_grad:
         raise RuntimeError(f"{op}: strides must not require a gradient, got requires_grad=True; detach them")
+    _library.refuse_complex(op, "strides", strides)
     strides = strides.to(points.dtype)
     if strides.shape != points.shape[:-1]:
         try:

@@ -34,6 +34,7 @@ def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None) -> Te
     Source: scipy.optimize.linear_sum_assignment, which takes one matrix, returns (rows, columns), and raises where a
     target cannot be matched. Jonker and Volgenant, "A shortest augmenting path algorithm", Computing 38, 1987.
     """
+    _library.refuse_complex("linear_sum_assignment", "cost", cost)
     cost = cost.detach()
     if not cost.is_floating_point():
         cost = cost.to(torch.float64)
@@ -104,6 +105,9 @@ def match_detr(
             raise ValueError(f"{op}: {name} must be finite, got {weight}")
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"{op}: gamma must be finite and at least 0, got {gamma}")
+    tensors = {"logits": logits, "boxes": boxes, "gt_boxes": gt_boxes, "gt_labels": gt_labels}
+    for name, each in tensors.items():
+        _library.refuse_complex(op, name, each)
     double = torch.float64 in (logits.dtype, boxes.dtype, gt_boxes.dtype)
     dtype = torch.float64 if double else torch.float32
     logits, boxes, gt_boxes = (each.detach().to(dtype) for each in (logits, boxes, gt_boxes))

@@ -99,7 +99,7 @@ def match_max_iou(
         raise ValueError(f"{op}: ignore_threshold must be at least 0, got {ignore_threshold}")
     if ignore_boxes is None and ignore_valid is not None:
         raise ValueError(f"{op}: ignore_valid must come with ignore_boxes, got it alone")
-    anchors, gt_boxes, ignore_boxes = _share_dtype(anchors, gt_boxes, ignore_boxes)
+    anchors, gt_boxes, ignore_boxes = _share_dtype(op, anchors=anchors, gt_boxes=gt_boxes, ignore_boxes=ignore_boxes)
     return Matches(
         *_library.ops.match_max_iou(
             anchors,
@@ -243,7 +243,7 @@ def assign_atss(
     Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
     Selection", CVPR 2020; mmdetection's ATSSAssigner, which leaves ties of the distance open.
     """
-    anchors, gt_boxes = _share_dtype(anchors, gt_boxes)
+    anchors, gt_boxes = _share_dtype("assign_atss", anchors=anchors, gt_boxes=gt_boxes)
     return Matches(*_library.ops.assign_atss(anchors, level_sizes, gt_boxes, gt_valid, topk))
 
 
@@ -315,8 +315,12 @@ def _check_thresholds(op: str, high_threshold: float, low_threshold: float) -> N
         )
 
 
-def _share_dtype(*boxes: Tensor | None) -> list[Tensor | None]:
+def _share_dtype(op: str, **arguments: Tensor | None) -> list[Tensor | None]:
     """All in the dtype of the IoUs."""
+    for name, each in arguments.items():
+        if each is not None:
+            _library.refuse_complex(op, name, each)
+    boxes = arguments.values()
     double = any(each is not None and each.dtype == torch.float64 for each in boxes)
     dtype = torch.float64 if double else torch.float32
     return [None if each is None else each.detach().to(dtype) for each in boxes]

@@ -51,7 +51,7 @@ def roi_align(
         boxes: [K, 5] (batch index, x1, y1, x2, y2) or a list of N tensors [L, 4] (x1, y1, x2, y2).
         output_size: bins along each axis, (height, width) or one number for both.
         spatial_scale: pixels of `input` per pixel of the image.
-        sampling_ratio: n; if not positive, as many as a bin is pixels long, rounded up, for each axis.
+        sampling_ratio: n, at most 4096; if not positive, as many as a bin is pixels long, rounded up, for each axis.
         aligned: take pixel centres at half-integers, which the box convention asks for. If False, coordinates are off
             by half a pixel and RoIs are at least 1 x 1 pixel, as in the first Mask R-CNNs.
         mode: "avg" or "max".
@@ -64,7 +64,7 @@ def roi_align(
     winning sample; twice differentiable for "avg".
 
     Raises:
-        ValueError: `output_size` or `spatial_scale` is not positive, or `mode` is unknown.
+        ValueError: `output_size` or `spatial_scale` is not positive, `sampling_ratio` above 4096, or `mode` unknown.
         BoxFormatError: `boxes` is none of the above.
         RuntimeError: a wrong shape, dtype or device, or a batch index out of range (on the CPU).
 
@@ -82,6 +82,7 @@ def roi_align(
         raise ValueError(f"{op}: mode must be 'avg' or 'max', got {mode!r}")
     bins_y, bins_x = _pair(op, output_size)
     _check_scale(op, "spatial_scale", spatial_scale)
+    _check_samples(op, sampling_ratio)
     rows = _rows(op, boxes, input)
     if mode == "max":
         keep = _needs_gradient(input)
@@ -129,6 +130,7 @@ def roi_align_rotated(
     op = "roi_align_rotated"
     bins_y, bins_x = _pair(op, output_size)
     _check_scale(op, "spatial_scale", spatial_scale)
+    _check_samples(op, sampling_ratio)
     rows = _rows(op, boxes, input, coordinates=5)
     return _library.ops.roi_align_rotated(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio)
 
@@ -184,6 +186,7 @@ def multi_scale_roi_align(
     for scale in spatial_scales:
         _check_scale(op, "spatial_scales", scale)
     _check_scale(op, "canonical_scale", canonical_scale)
+    _check_samples(op, sampling_ratio)
     if not features:
         raise ValueError(f"{op}: features must be 1 to 8 maps, got none")
     _library.refuse_forward_mode(op, *features)
@@ -198,6 +201,14 @@ def _pair(op: str, output_size) -> tuple[int, int]:
     if len(sizes) != 2 or not all(size >= 1 for size in sizes):
         raise ValueError(f"{op}: output_size must be one or two positive numbers, got {output_size}")
     return sizes
+
+
+_MOST_SAMPLES = 4096  # along each axis of a bin: 16 million in all, which takes a while but ends
+
+
+def _check_samples(op: str, sampling_ratio: int) -> None:
+    if sampling_ratio > _MOST_SAMPLES:
+        raise ValueError(f"{op}: sampling_ratio must be at most {_MOST_SAMPLES}, got {sampling_ratio}")
 
 
 def _check_scale(op: str, name: str, scale: float) -> None:
@@ -225,6 +236,7 @@ def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int
         else:
             each_with_index = [pad(each, (1, 0), value=i) for i, each in enumerate(boxes)]
             rows = torch.cat(each_with_index)
+    _library.refuse_complex(op, "boxes", rows)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     return rows.detach().to(dtype)
 

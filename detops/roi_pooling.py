@@ -10,6 +10,7 @@ from torch import Tensor
 from . import _library
 from ._library import register_fake
 from .roi import (
+    _check_samples,
     _check_scale,
     _empty,
     _empty_max,
@@ -103,6 +104,7 @@ def ps_roi_align(
     op = "ps_roi_align"
     bins_y, bins_x = _pair(op, output_size)
     _check_scale(op, "spatial_scale", spatial_scale)
+    _check_samples(op, sampling_ratio)
     rows = _rows(op, boxes, input)
     return _library.ops.ps_roi_align(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio)
 

@@ -1,5 +1,6 @@
 """Targets on a grid of cells, the textbook form of YOLOv1 and v2, and their loss. Users import from `detops.yolo`."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -101,7 +102,8 @@ def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: T
     Gradient: to `targets` and `anchors`.
 
     Raises:
-        RuntimeError: `targets` or `anchors` has a wrong shape.
+        ValueError: image_size is not positive and finite.
+        RuntimeError: `targets` or `anchors` has a wrong shape or dtype.
 
     Example:
         >>> decode_yolo_grid(torch.tensor([[[[1.0, 0.5, 0.5, 2.0, 1.0, 0.9]]]]), image_size=(20, 10)).boxes
@@ -109,6 +111,13 @@ def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: T
 
     Source: the inverse of the formulas above.
     """
+    height, width = image_size
+    if not (0 < height < math.inf and 0 < width < math.inf):
+        raise ValueError(f"decode_yolo_grid: image_size must be positive and finite, got {tuple(image_size)}")
+    for name, each in (("targets", targets), ("anchors", anchors)):
+        if each is not None and not each.is_floating_point():
+            got = _library.dtype_name(each.dtype)
+            raise RuntimeError(f"decode_yolo_grid: {name} must be float16, bfloat16, float32 or float64, got {got}")
     dims = 4 if anchors is None else 5
     rule = "[B, rows, columns, 5 + C]" if anchors is None else "[B, rows, columns, A, 5 + C]"
     if targets.ndim != dims or targets.shape[-1] < 5:
@@ -120,17 +129,18 @@ def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: T
         )
     if anchors is None:
         targets = targets.unsqueeze(3)
-    images, rows, columns = targets.shape[:3]
+    images, rows, columns, per_cell, values = targets.shape
+    places = rows * columns * per_cell
     place = {"dtype": torch.float64, "device": targets.device}
-    cell = torch.tensor([image_size[1] / columns, image_size[0] / rows], **place)
+    cell = torch.tensor([width / max(columns, 1), height / max(rows, 1)], **place)  # of an empty grid none is used
     y, x = torch.meshgrid(torch.arange(rows, **place), torch.arange(columns, **place), indexing="ij")
     centre = (targets[..., 1:3] + torch.stack([x, y], -1).unsqueeze(2)) * cell
     half = targets[..., 3:5] * (cell if anchors is None else anchors.double()) / 2
     boxes = torch.cat([centre - half, centre + half], -1).to(targets.dtype)
     return YoloGridBoxes(
-        boxes.reshape(images, -1, 4),
-        targets[..., 0].reshape(images, -1),
-        targets[..., 5:].reshape(images, -1, targets.shape[-1] - 5),
+        boxes.reshape(images, places, 4),
+        targets[..., 0].reshape(images, places),
+        targets[..., 5:].reshape(images, places, values - 5),
     )
 
 

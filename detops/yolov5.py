@@ -83,6 +83,10 @@ def assign_yolov5(
     _check_ratio("assign_yolov5", ratio_threshold)
     if gt_boxes.shape[-1:] != (4,):  # what follows would hide it from the op
         raise RuntimeError(f"assign_yolov5: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
+    if anchors.ndim != 3 or anchors.shape[0] != len(strides) or anchors.shape[2] != 2:
+        rule = f"[{len(strides)}, A, 2] as of strides"
+        raise RuntimeError(f"assign_yolov5: anchors must have shape {rule}, got {list(anchors.shape)}")
+    _library.refuse_complex("assign_yolov5", "gt_boxes", gt_boxes)
     dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
     low, high = gt_boxes.detach().to(dtype).split(2, dim=-1)
     size = torch.tensor([width, height], dtype=dtype, device=gt_boxes.device)
@@ -113,7 +117,7 @@ def yolov5_target_lists(
     On a GPU one synchronisation, for the lengths of the lists. No gradient.
 
     Raises:
-        ValueError: ratio_threshold is not above 1.
+        ValueError: ratio_threshold is not above 1, or a grid size is negative.
         RuntimeError: wrong shapes, dtypes or devices.
 
     Example:
@@ -128,6 +132,8 @@ def yolov5_target_lists(
     if targets.ndim != 2 or targets.shape[1] != 6:
         raise RuntimeError(f"yolov5_target_lists: targets must have shape [n, 6], got {list(targets.shape)}")
     _check_ratio("yolov5_target_lists", ratio_threshold)
+    if any(min(size) < 0 for size in grid_sizes):
+        raise ValueError(f"yolov5_target_lists: grid_sizes must be at least 0, got {list(grid_sizes)}")
     targets, anchors = targets.detach(), anchors.detach()
     labels = targets[None, :, 1].long()
     indices, rows, labels, boxes, counts = _library.ops.assign_yolov5(

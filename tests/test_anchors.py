@@ -131,9 +131,9 @@ def test_cache():
 def test_bad_grids():
     with pytest.raises(ValueError, match=r"^AnchorGenerator: aspect_ratios must have one entry per sizes \(1\), got 2"):
         detops.AnchorGenerator(((32,),), ((1.0,), (2.0,)))
-    with pytest.raises(ValueError, match="^grid_anchors: sizes must be positive, got "):
+    with pytest.raises(ValueError, match="^grid_anchors: sizes must be positive and finite, got "):
         detops.grid_anchors([(1, 1)], [8], [0])
-    with pytest.raises(ValueError, match="^grid_anchors: aspect_ratios must be positive, got "):
+    with pytest.raises(ValueError, match="^grid_anchors: aspect_ratios must be positive and finite, got "):
         detops.grid_anchors([(1, 1)], [8], [8], [NAN])
     with pytest.raises(RuntimeError, match=r"^grid_anchors: feature_sizes must have one entry per sizes \(1\), got 2"):
         detops.AnchorGenerator(((32,),), ((1.0,),))(images(64, 64), maps((4, 4), (2, 2)))
@@ -141,7 +141,7 @@ def test_bad_grids():
         RuntimeError, match=r"^point_anchors: strides must have one entry per feature_sizes \(1\), got 2"
     ):
         detops.point_anchors([(1, 1)], [8, 16])
-    with pytest.raises(ValueError, match="^point_anchors: strides must be positive, got "):
+    with pytest.raises(ValueError, match="^point_anchors: strides must be positive and finite, got "):
         detops.point_anchors([(1, 1)], [0])
     with pytest.raises(ValueError, match="^point_anchors: strides must be one number per map, got "):
         detops.point_anchors([(1, 1)], [(8, 4)])
@@ -353,3 +353,40 @@ def test_export():
     exported = torch.export.export(All(), inputs, dynamic_shapes=(None, {0: torch.export.Dim("n")}, None)).module()
     others = inputs[0], to_torch(unit_shapes(77)), inputs[2]
     assert all(map(torch.equal, exported(*others), all_of_it(*others)))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: detops.grid_anchors([(1, 1)], [math.inf], [32]), "grid_anchors: strides must be positive and finite"),
+        (lambda: detops.grid_anchors([(1, 1)], [8], [math.inf]), "grid_anchors: sizes must be positive and finite"),
+        (lambda: detops.grid_anchors([(2, -1)], [8], [32]), "grid_anchors: feature_sizes must be pairs of numbers of"),
+        (lambda: detops.grid_anchors([(1, 2, 3)], [8], [32]), "grid_anchors: feature_sizes must be pairs of numbers"),
+        (lambda: detops.grid_anchors([(1, 1)], [8], [32], dtype=torch.int64), "grid_anchors: dtype must be floating"),
+        (lambda: detops.point_anchors([(1, 1)], [8], dtype=torch.int32), "point_anchors: dtype must be floating"),
+        (lambda: detops.point_anchors([(1, 1)], [8], math.nan), "point_anchors: offset must be finite"),
+        (
+            lambda: detops.DefaultBoxGenerator([[0, 2]]),
+            "DefaultBoxGenerator: aspect_ratios must be positive and finite",
+        ),
+        (
+            lambda: detops.DefaultBoxGenerator([[2]], steps=[-8]),
+            "DefaultBoxGenerator: steps must be positive and finite",
+        ),
+        (lambda: detops.DefaultBoxGenerator([[2]], min_ratio=math.nan), "DefaultBoxGenerator: scales must be positive"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=f"^{message}.*, got "):
+        make()
+
+
+def test_generators_refuse_maps_without_places():
+    anchors, defaults = detops.AnchorGenerator(((32,),)), detops.DefaultBoxGenerator([[2]])
+    with pytest.raises(RuntimeError, match="^AnchorGenerator: feature_maps must not be empty, got maps of"):
+        anchors(images(64, 64), maps((0, 4)))
+    for name, generator in (("AnchorGenerator", anchors), ("DefaultBoxGenerator", defaults)):
+        with pytest.raises(RuntimeError, match=f"^{name}: feature_maps must be at least one map, got none"):
+            generator(images(64, 64), [])
+        with pytest.raises(RuntimeError, match=rf"^{name}: feature_maps must have shape \[B, C, h, w\], got \[3\]"):
+            generator(images(64, 64), [torch.empty(3)])

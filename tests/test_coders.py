@@ -512,3 +512,25 @@ def test_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         boxes = detops.decode_boxes(deltas.bfloat16(), anchors)
     assert boxes.dtype == torch.float32
+
+
+def test_the_box_coder_refuses_lists_that_do_not_fit():
+    coder, two, one = detops.BoxCoder((1.0, 1.0, 1.0, 1.0)), torch.rand(2, 4), torch.rand(1, 4)
+    with pytest.raises(RuntimeError, match=r"^BoxCoder: proposals must be as many as reference_boxes, \[2, 1\], got "):
+        coder.encode([two, one], [one, two])  # the deltas would go to the wrong images
+    with pytest.raises(RuntimeError, match="^BoxCoder: reference_boxes must be the boxes of at least one image, got n"):
+        coder.encode([], [])
+    with pytest.raises(RuntimeError, match=r"^BoxCoder: proposals must have shape \[n, 4\], got \[2, 3\]"):
+        coder.encode([two, one], [two[:, :3], one])
+    with pytest.raises(RuntimeError, match=r"^BoxCoder: boxes must have shape \[n, 4\], got \[4\]"):
+        coder.decode(two, [two[0]])
+    with pytest.raises(RuntimeError, match=r"^BoxCoder: rel_codes must have shape \[3, 4 C\], got \[2, 4\]"):
+        coder.decode(two, [two, one])
+
+
+def test_complex_numbers_are_refused():
+    boxes, points = torch.zeros(1, 4), torch.zeros(1, 2)
+    with pytest.raises(RuntimeError, match="^encode_ltrb: strides must be real, got complex64$"):
+        detops.encode_ltrb(boxes, points, torch.ones(1, dtype=torch.complex64))
+    with pytest.raises(RuntimeError, match="^decode_yolo: anchors must be real, got complex64$"):
+        detops.decode_yolo([torch.zeros(1, 6, 1, 1)], torch.ones(1, 1, 2, dtype=torch.complex64), [8], version="v3")

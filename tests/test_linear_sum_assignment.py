@@ -282,3 +282,8 @@ def test_no_synchronisation(device):
         detops.linear_sum_assignment(cost, counts)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def test_complex_costs_are_refused():
+    with pytest.raises(RuntimeError, match="^linear_sum_assignment: cost must be real, got complex64$"):
+        detops.linear_sum_assignment(torch.zeros(1, 2, 2, dtype=torch.complex64))

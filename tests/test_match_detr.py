@@ -288,3 +288,12 @@ def test_no_synchronisation(device):
             detops.match_detr(*arguments, **COSTS[costs])
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("argument", ["logits", "boxes", "gt_boxes", "gt_labels"])
+def test_complex_numbers_are_refused(argument):
+    tensors = {"logits": torch.zeros(1, 2, 3), "boxes": torch.zeros(1, 2, 4), "gt_boxes": torch.zeros(1, 1, 4)}
+    tensors["gt_labels"] = torch.zeros(1, 1, dtype=torch.int64)
+    tensors[argument] = tensors[argument].to(torch.complex64)
+    with pytest.raises(RuntimeError, match=f"^match_detr: {argument} must be real, got complex64$"):
+        detops.match_detr(**tensors)

@@ -502,3 +502,15 @@ def test_no_synchronisation(device):
         detops.match_ssd(rows, boxes, valid)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+@pytest.mark.parametrize("argument", ["anchors", "gt_boxes", "ignore_boxes"])
+def test_complex_boxes_are_refused(argument):
+    boxes = {"anchors": torch.zeros(2, 4), "gt_boxes": torch.zeros(1, 1, 4), "ignore_boxes": torch.zeros(1, 1, 4)}
+    boxes[argument] = boxes[argument].to(torch.complex64)
+    with pytest.raises(RuntimeError, match=f"^match_max_iou: {argument} must be real, got complex64$"):
+        detops.match_max_iou(**boxes, high_threshold=0.5, low_threshold=0.5)
+    if argument != "ignore_boxes":
+        del boxes["ignore_boxes"]
+        with pytest.raises(RuntimeError, match=f"^assign_atss: {argument} must be real, got complex64$"):
+            detops.assign_atss(**boxes, level_sizes=[2])

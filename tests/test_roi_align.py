@@ -395,3 +395,14 @@ def test_equals_torchvision(torchvision, device, layout, options, dtype):
     got.backward(weights.to(device.torch))
     expected.backward(weights)
     expect_close(ours.grad, to_numpy(theirs.grad), dtype, 4 * theirs.grad.abs().max().item())
+
+
+@pytest.mark.parametrize("op", ["roi_align", "roi_align_rotated", "multi_scale_roi_align", "ps_roi_align"])
+def test_endless_sampling_and_complex_boxes_are_refused(op):
+    input, columns = torch.rand(1, 1, 4, 4), 6 if op == "roi_align_rotated" else 5
+    options = {"spatial_scales": [1.0]} if op == "multi_scale_roi_align" else {}
+    features = [input] if options else input
+    with pytest.raises(ValueError, match=f"^{op}: sampling_ratio must be at most 4096, got 2147483648$"):
+        getattr(detops, op)(features, torch.zeros(1, columns), 1, sampling_ratio=2**31, **options)
+    with pytest.raises(RuntimeError, match=f"^{op}: boxes must be real, got complex64$"):
+        getattr(detops, op)(features, torch.zeros(1, columns, dtype=torch.complex64), 1, **options)

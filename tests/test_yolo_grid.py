@@ -235,3 +235,26 @@ def test_compile_in_one_graph(device, dynamic):
     for gts in (6, 11):
         tensors = [*map(device.put, gts_of(2, gts))]
         assert all(map(torch.equal, compiled(*tensors), use(*tensors)))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3, 2, 7), (2, 0, 3, 2, 7), (2, 3, 0, 2, 7), (2, 3, 2, 0, 7), (2, 3, 2, 2, 5)])
+def test_decoding_empty_grids(shape):
+    boxes, objectness, scores = detops.decode_yolo_grid(
+        torch.zeros(shape), image_size=(8, 8), anchors=torch.ones(shape[3], 2)
+    )
+    places = shape[1] * shape[2] * shape[3]
+    assert boxes.shape == (shape[0], places, 4)
+    assert objectness.shape == (shape[0], places)
+    assert scores.shape == (shape[0], places, shape[4] - 5)
+
+
+def test_decoding_refuses_what_it_would_truncate():
+    decode, targets = detops.decode_yolo_grid, torch.zeros(1, 2, 2, 6)
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        with pytest.raises(RuntimeError, match="^decode_yolo_grid: targets must be float16, .* or float64, got "):
+            decode(targets.to(dtype), image_size=(8, 8))
+        with pytest.raises(RuntimeError, match="^decode_yolo_grid: anchors must be float16, .* or float64, got "):
+            decode(targets[:, :, :, None], image_size=(8, 8), anchors=torch.ones(1, 2).to(dtype))
+    for size in ((0, 8), (8, -1), (float("nan"), 8), (8, float("inf"))):
+        with pytest.raises(ValueError, match="^decode_yolo_grid: image_size must be positive and finite, got "):
+            decode(targets, image_size=size)

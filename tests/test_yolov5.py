@@ -1,5 +1,7 @@
 """assign_yolov5 and yolov5_target_lists: the rows of reference/yolov5.py, in its order."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -195,7 +197,7 @@ GOOD = {
         ("gt_labels", torch.zeros(2, 3).long(), r"gt_labels must have shape \[2, 4\] as of gt_boxes, got \[2, 3\]"),
         ("gt_labels", torch.zeros(2, 4), "gt_labels must be int64, got float32"),
         ("gt_valid", torch.zeros(2, 4), "gt_valid must be bool, got float32"),
-        ("anchors", torch.zeros(3, 3, 3), r"anchors must have shape \[L, A, 2\], got \[3, 3, 3\]"),
+        ("anchors", torch.zeros(3, 3, 3), r"anchors must have shape \[3, A, 2\] as of strides, got \[3, 3, 3\]"),
     ],
 )
 def test_bad_tensors(device, name, value, message):
@@ -241,3 +243,19 @@ def test_compile_in_one_graph(device, dynamic):
         boxes, labels, valid = map(device.put, gts_of(2, gts, on_grid=True))
         ours, theirs = compiled(boxes, labels, valid), use(boxes, labels, valid)
         assert all(map(torch.equal, ours[:2], theirs[:2])) and torch.allclose(ours[2], theirs[2])
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3, 2), (2, 3, 1), (3, 3, 2), (2, 1, 3, 2)])
+def test_anchors_are_not_broadcast_over_levels(shape):
+    boxes, labels = torch.tensor([[[0.0, 0, 8, 8]]]), torch.tensor([[1]])
+    match = rf"^assign_yolov5: anchors must have shape \[2, A, 2\] as of strides, got {re.escape(str(list(shape)))}$"
+    with pytest.raises(RuntimeError, match=match):
+        detops.assign_yolov5(boxes, labels, labels > 0, torch.ones(shape), [8, 16], (64, 64))
+
+
+def test_complex_boxes_and_negative_grids_are_refused():
+    boxes, labels = torch.tensor([[[0.0, 0, 8, 8]]]), torch.tensor([[1]])
+    with pytest.raises(RuntimeError, match="^assign_yolov5: gt_boxes must be real, got complex64$"):
+        detops.assign_yolov5(boxes.to(torch.complex64), labels, labels > 0, torch.ones(1, 1, 2), [8], (64, 64))
+    with pytest.raises(ValueError, match=r"^yolov5_target_lists: grid_sizes must be at least 0, got \[\(2, -1\)\]$"):
+        detops.yolov5_target_lists(torch.full((1, 6), 0.5), torch.ones(1, 1, 2), [(2, -1)])
