@@ -12,6 +12,7 @@ import subprocess
 import sys
 import types
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -472,7 +473,8 @@ class TestWithoutTorchvision:
     """In other processes, where it is or is not installed."""
 
     def run(self, code):
-        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+        folder = Path(detops.__file__).parents[1]  # and not the source folder, which may have no compiled library
+        return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
 
     def test_detops_does_not_import_it(self):
         done = self.run("import detops, sys; detops.compat.torchvision; assert 'torchvision' not in sys.modules")
