@@ -78,7 +78,7 @@ def main() -> int:
     with progress_bar(len(cases)) as bar:
         for family, case in cases:
             try:
-                measured.append(harness.measure(case, family, device, args.quick, 0.1 if args.quick else 1.0))
+                measured.append(harness.measure(case, family, device, args.quick, 0.1 if args.quick else 0.5))
             except harness.WrongResult as wrong:
                 print(f"WRONG RESULT  {wrong}", file=sys.stderr)
                 return 1
