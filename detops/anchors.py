@@ -79,7 +79,7 @@ class AnchorGenerator(nn.Module):
     the device of the maps. All images share one cached tensor.
 
     Raises:
-        ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive.
+        ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive and finite.
         RuntimeError: there are not as many feature maps as `sizes`.
 
     Example:
@@ -133,7 +133,7 @@ def grid_anchors(
         [A, 4] xyxy, ordered by map, row, column, ratio, size. Cached: copy what you mean to change.
 
     Raises:
-        ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive.
+        ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive and finite.
         RuntimeError: there are not as many `feature_sizes` or `strides` as `sizes`.
 
     Example:
@@ -303,7 +303,7 @@ def point_anchors(
         take. Cached: copy what you mean to change.
 
     Raises:
-        ValueError: a stride is not positive.
+        ValueError: a stride is not positive and finite.
         RuntimeError: there are not as many strides as feature sizes.
 
     Example:
