@@ -2,46 +2,82 @@
 #include "yolo/yolov5.h"
 
 #include <algorithm>
+#include <array>
+#include <utility>
 
 #include "common/parallel_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
+// The cells of all gts for one anchor, one bit each.
+template <class T>
+DETOPS_CLONES void choose_cells(const Yolov5View<T>& view, const Yolov5Level<T>& level, int64_t number, int64_t anchor,
+                                uint8_t* __restrict__ cells) {
+  for (int64_t row = 0; row < view.rows; ++row) {
+    cells[row] = static_cast<uint8_t>(view.cells(level, number, anchor, row));
+  }
+}
+
+// Once over all (level, anchor) to choose and count, and once to write each row to its place.
 template <class T>
 void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   const Yolov5View<T> view = inputs.view<T>();
+  const int64_t levels = inputs.anchors.size(0), anchors = view.anchor_count, pairs = levels * anchors;
   int64_t* const counts = out.counts.mutable_data_ptr<int64_t>();
-  // A thread takes 2^15 pairs at least.
-  const int64_t pairs = max_of<int64_t>(1, view.anchor_count * view.rows);
-  parallel_ranges(inputs.anchors.size(0), ceil_div<int64_t>(1 << 15, pairs), [&](int64_t begin, int64_t end) {
-    std::vector<int32_t> matching;
-    for (int64_t number = begin; number < end; ++number) {
-      const Yolov5Level<T> level = inputs.level<T>(number);
-      const int64_t first = number * view.capacity;
-      const Yolov5Rows to{out.indices.mutable_data_ptr<int64_t>() + 4 * first,
-                          out.rows.mutable_data_ptr<int64_t>() + first, out.labels.mutable_data_ptr<int64_t>() + first};
-      T* const boxes = out.boxes.mutable_data_ptr<T>() + 4 * first;
-      // (anchor, gt) by (anchor, gt) for the own cell; the other cells choose among these.
-      matching.clear();
-      for (int64_t i = 0; i < view.anchor_count * view.rows; ++i) {
-        if (view.takes(level, number, 0, i / view.rows, i % view.rows)) matching.push_back(static_cast<int32_t>(i));
-      }
-      int64_t count = 0;
-      for (int cell = 0; cell < kYolov5Cells; ++cell) {
-        for (const int32_t i : matching) {
-          const int64_t anchor = i / view.rows, row = i % view.rows;
-          if (takes_cell(grid_box(view.boxes + 4 * row, level), level, cell)) {
-            write_row(view, level, cell, anchor, row, count++, to, boxes);
-          }
-        }
-      }
-      counts[number] = count;
-      std::fill(to.indices + 4 * count, to.indices + 4 * view.capacity, -1);
-      std::fill(to.rows + count, to.rows + view.capacity, -1);
-      std::fill(to.labels + count, to.labels + view.capacity, -1);
-      std::fill(boxes + 4 * count, boxes + 4 * view.capacity, T(0));
+  std::vector<uint8_t> cells(pairs * view.rows);
+  std::vector<std::array<int64_t, kYolov5Cells>> places(pairs);  // counts, and then where the next row goes
+  const auto for_pairs = [&](const auto& body) {
+    if (pairs * view.rows < (1 << 14)) {
+      for (int64_t pair = 0; pair < pairs; ++pair) body(pair);
+      return;
     }
+    parallel_items(pairs, [&](const auto& next) {
+      for (int64_t pair; (pair = next()) >= 0;) body(pair);
+    });
+  };
+  for_pairs([&](int64_t pair) {
+    const int64_t number = pair / anchors;
+    uint8_t* const of_pair = cells.data() + pair * view.rows;
+    choose_cells(view, inputs.level<T>(number), number, pair % anchors, of_pair);
+    std::array<int64_t, kYolov5Cells> count{};
+    for (int64_t row = 0; row < view.rows; ++row) {
+      for (int cell = 0; cell < kYolov5Cells; ++cell) count[cell] += of_pair[row] >> cell & 1;
+    }
+    places[pair] = count;
+  });
+  for (int64_t number = 0; number < levels; ++number) {
+    int64_t place = 0;
+    for (int cell = 0; cell < kYolov5Cells; ++cell) {
+      for (int64_t anchor = 0; anchor < anchors; ++anchor) {
+        int64_t& count = places[number * anchors + anchor][cell];
+        place += std::exchange(count, place);
+      }
+    }
+    counts[number] = place;
+  }
+  for_pairs([&](int64_t pair) {
+    const int64_t number = pair / anchors, anchor = pair % anchors, first = number * view.capacity;
+    const Yolov5Level<T> level = inputs.level<T>(number);
+    const Yolov5Rows to{out.indices.mutable_data_ptr<int64_t>() + 4 * first,
+                        out.rows.mutable_data_ptr<int64_t>() + first, out.labels.mutable_data_ptr<int64_t>() + first};
+    T* const boxes = out.boxes.mutable_data_ptr<T>() + 4 * first;
+    const uint8_t* const of_pair = cells.data() + pair * view.rows;
+    std::array<int64_t, kYolov5Cells> place = places[pair];
+    for (int64_t row = 0; row < view.rows; ++row) {
+      if (of_pair[row] == 0) continue;
+      for (int cell = 0; cell < kYolov5Cells; ++cell) {
+        if (of_pair[row] >> cell & 1) write_row(view, level, cell, anchor, row, place[cell]++, to, boxes);
+      }
+    }
+    // Its share of the unused rows.
+    const int64_t unused = view.capacity - counts[number];
+    const int64_t begin = counts[number] + unused * anchor / anchors;
+    const int64_t end = counts[number] + unused * (anchor + 1) / anchors;
+    std::fill(to.indices + 4 * begin, to.indices + 4 * end, -1);
+    std::fill(to.rows + begin, to.rows + end, -1);
+    std::fill(to.labels + begin, to.labels + end, -1);
+    std::fill(boxes + 4 * begin, boxes + 4 * end, T(0));
   });
 }
 

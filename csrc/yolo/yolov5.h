@@ -42,24 +42,21 @@ DETOPS_HD GridBox<T> grid_box(const T* box, const Yolov5Level<T>& level) {
 template <class T>
 DETOPS_HD bool fits_side(T side, T anchor, T ratio_threshold) {
   const T ratio = side / anchor;
-  return ratio < ratio_threshold && T(1) / ratio < ratio_threshold;
+  return (ratio < ratio_threshold) & (T(1) / ratio < ratio_threshold);
 }
 
 // Whether the centre is nearer to the neighbour on the low side, at `position` of an axis, that is inside of the grid.
 template <class T>
 DETOPS_HD bool reaches(T position) {
-  return position > T(1) && position - std::floor(position) < T(0.5);
+  return (position > T(1)) & (position - std::floor(position) < T(0.5));
 }
 
+// The cells that a gt goes to, one bit each. All are computed, without a branch, so that a loop over gts is a vector
+// loop.
 template <class T>
-DETOPS_HD bool takes_cell(const GridBox<T>& box, const Yolov5Level<T>& level, int cell) {
-  switch (cell) {
-    case 0: return true;
-    case 1: return reaches(box.x);
-    case 2: return reaches(box.y);
-    case 3: return reaches(level.width - box.x);
-    default: return reaches(level.height - box.y);
-  }
+DETOPS_HD unsigned cells_taken(const GridBox<T>& box, const Yolov5Level<T>& level) {
+  return 1u | unsigned(reaches(box.x)) << 1 | unsigned(reaches(box.y)) << 2 |
+         unsigned(reaches(level.width - box.x)) << 3 | unsigned(reaches(level.height - box.y)) << 4;
 }
 
 // The cell of a position, moved by half a cell; at the border where it lies outside.
@@ -78,12 +75,13 @@ struct Yolov5View {
   int64_t gts, rows, anchor_count, capacity;  // M, B M, A, K
   T ratio_threshold;
 
-  DETOPS_HD bool takes(const Yolov5Level<T>& level, int64_t number, int cell, int64_t anchor, int64_t row) const {
-    if (!valid[row]) return false;
+  // The cells of `row` for an anchor of level `number`, one bit each.
+  DETOPS_HD unsigned cells(const Yolov5Level<T>& level, int64_t number, int64_t anchor, int64_t row) const {
     const GridBox<T> box = grid_box(boxes + 4 * row, level);
     const T* const size = anchors + 2 * (number * anchor_count + anchor);
-    return fits_side(box.width, size[0], ratio_threshold) && fits_side(box.height, size[1], ratio_threshold) &&
-           takes_cell(box, level, cell);
+    const bool matches =
+        valid[row] & fits_side(box.width, size[0], ratio_threshold) & fits_side(box.height, size[1], ratio_threshold);
+    return matches ? cells_taken(box, level) : 0;
   }
 };
 

@@ -24,7 +24,7 @@ template <class T>
 __global__ void yolov5_count_kernel(Yolov5View<T> view, Yolov5Level<T> level, int64_t number, int64_t chunks_per_pair,
                                     int* counts) {
   const Chunk chunk(blockIdx.x, chunks_per_pair, view.anchor_count);
-  const bool takes = chunk.row < view.rows && view.takes(level, number, chunk.cell, chunk.anchor, chunk.row);
+  const bool takes = chunk.row < view.rows && (view.cells(level, number, chunk.anchor, chunk.row) >> chunk.cell & 1);
   const int count = __syncthreads_count(takes);
   if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
@@ -36,7 +36,7 @@ __global__ void yolov5_write_kernel(Yolov5View<T> view, Yolov5Level<T> level, in
   DETOPS_SHARED(int, of_warps, kWarps);  // rows of this chunk, by warp
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Chunk chunk(blockIdx.x, chunks_per_pair, view.anchor_count);
-  const bool takes = chunk.row < view.rows && view.takes(level, number, chunk.cell, chunk.anchor, chunk.row);
+  const bool takes = chunk.row < view.rows && (view.cells(level, number, chunk.anchor, chunk.row) >> chunk.cell & 1);
   int sum = 0;
   for (int64_t i = threadIdx.x; i < blockIdx.x; i += kThreads) sum += counts[i];
   before[threadIdx.x] = sum;
