@@ -26,13 +26,17 @@ DETOPS_HD void pool_some(const S* map, const MapStrides& strides, int64_t apart,
 template <class S, class T>
 DETOPS_CLONES void pool_bin(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns,
                             int64_t channels, S* out, int64_t out_apart) {
-  constexpr int kLanes = 4;
   int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) {
-    pool_some<kLanes>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
-  }
-  for (; c < channels; ++c) {
-    pool_some<1>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
+  const auto take = [&](auto lanes) __attribute__((always_inline)) {
+    pool_some<lanes>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
+    c += lanes;
+  };
+  while (c + 5 <= channels) take(std::integral_constant<int, 5>{});
+  switch (channels - c) {
+    case 4: return take(std::integral_constant<int, 4>{});
+    case 3: return take(std::integral_constant<int, 3>{});
+    case 2: return take(std::integral_constant<int, 2>{});
+    case 1: return take(std::integral_constant<int, 1>{});
   }
 }
 

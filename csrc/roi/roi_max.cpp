@@ -89,28 +89,45 @@ class PixelTables {
   std::vector<PixelTable> tables_;
 };
 
-// Of rows begin .. end-1 the largest value in each column of eight planes, and the first row that has it:
+// largest_of_rows of some times eight columns: the chains of comparisons of each eight run side by side.
+template <bool kPositions, int kEights, class S, class T>
+DETOPS_HD void largest_of_eights(const S* const (&left)[kPlanes], int64_t width, IndexRange range, int first,
+                                 T* __restrict__ values, T* __restrict__ rows) {
+  Eight<T> best[kEights][kPlanes], row[kEights][kPlanes];
+  for (int plane = 0; plane < kPlanes; ++plane) {
+    const S* const from = left[plane] + first;
+    for (int k = 0; k < kEights; ++k) {
+      load_eight<S, T>(from + range.begin * width + 8 * k, best[k][plane]);
+      if constexpr (kPositions) row[k][plane] = Eight<T>{} + static_cast<T>(range.begin);
+    }
+    for (int64_t i = range.begin + 1; i < range.end; ++i) {
+      for (int k = 0; k < kEights; ++k) {
+        Eight<T> value;
+        load_eight<S, T>(from + i * width + 8 * k, value);
+        EightFlags<T> better;
+        eight_win<T>(value, best[k][plane], better);
+        best[k][plane] = better ? value : best[k][plane];
+        if constexpr (kPositions) row[k][plane] = better ? Eight<T>{} + static_cast<T>(i) : row[k][plane];
+      }
+    }
+  }
+  for (int k = 0; k < kEights; ++k) {
+    transpose_eight(best[k], values + (first + 8 * k) * kPlanes, kPlanes);
+    if constexpr (kPositions) transpose_eight(row[k], rows + (first + 8 * k) * kPlanes, kPlanes);
+  }
+}
+
+// Of rows begin .. end-1 the largest value in each column of eight planes, and, where wanted, the first row that has it:
 // [columns, planes].
-template <class S, class T>
+template <bool kPositions, class S, class T>
 DETOPS_HD void largest_of_rows(const S* const (&left)[kPlanes], int64_t width, IndexRange range, int count,
                                T* __restrict__ values, T* __restrict__ rows) {
   int done = 0;
+  for (; done + 16 <= count; done += 16) {
+    largest_of_eights<kPositions, 2, S, T>(left, width, range, done, values, rows);
+  }
   for (; done + 8 <= count; done += 8) {
-    Eight<T> best[kPlanes], row[kPlanes];
-    for (int plane = 0; plane < kPlanes; ++plane) {
-      load_eight<S, T>(left[plane] + range.begin * width + done, best[plane]);
-      row[plane] = Eight<T>{} + static_cast<T>(range.begin);
-      for (int64_t i = range.begin + 1; i < range.end; ++i) {
-        Eight<T> value;
-        load_eight<S, T>(left[plane] + i * width + done, value);
-        EightFlags<T> better;
-        eight_win<T>(value, best[plane], better);
-        best[plane] = better ? value : best[plane];
-        row[plane] = better ? Eight<T>{} + static_cast<T>(i) : row[plane];
-      }
-    }
-    transpose_eight(best, values + done * kPlanes, kPlanes);
-    transpose_eight(row, rows + done * kPlanes, kPlanes);
+    largest_of_eights<kPositions, 1, S, T>(left, width, range, done, values, rows);
   }
   for (int j = done; j < count; ++j) {
     for (int plane = 0; plane < kPlanes; ++plane) {
@@ -122,27 +139,33 @@ DETOPS_HD void largest_of_rows(const S* const (&left)[kPlanes], int64_t width, I
         row = static_cast<T>(i);
       }
       values[j * kPlanes + plane] = best;
-      rows[j * kPlanes + plane] = row;
+      if constexpr (kPositions) rows[j * kPlanes + plane] = row;
     }
   }
 }
 
-// Of some columns of eight planes the largest, the first in reading order.
-template <class T>
+// Of some columns of eight planes the largest, the first in reading order. Without positions another of equal values
+// may be taken, which differs for zeros of both signs alone.
+template <bool kPositions, class T>
 DETOPS_HD void largest_of_columns(const T* values, const T* rows, int64_t begin, int64_t end, EightWinners<T>& best) {
   load_eight<T, T>(values + begin * kPlanes, best.value);
-  load_eight<T, T>(rows + begin * kPlanes, best.y);
-  best.x = Eight<T>{} + static_cast<T>(begin);
+  if constexpr (kPositions) {
+    load_eight<T, T>(rows + begin * kPlanes, best.y);
+    best.x = Eight<T>{} + static_cast<T>(begin);
+  }
   for (int64_t j = begin + 1; j < end; ++j) {
-    Eight<T> value, row;
+    Eight<T> value;
     load_eight<T, T>(values + j * kPlanes, value);
-    load_eight<T, T>(rows + j * kPlanes, row);
     EightFlags<T> better;
     eight_win<T>(value, best.value, better);
-    better |= ((value == best.value) | ((value != value) & (best.value != best.value))) & (row < best.y);
+    if constexpr (kPositions) {
+      Eight<T> row;
+      load_eight<T, T>(rows + j * kPlanes, row);
+      better |= ((value == best.value) | ((value != value) & (best.value != best.value))) & (row < best.y);
+      best.y = better ? row : best.y;
+      best.x = better ? Eight<T>{} + static_cast<T>(j) : best.x;
+    }
     best.value = better ? value : best.value;
-    best.y = better ? row : best.y;
-    best.x = better ? Eight<T>{} + static_cast<T>(j) : best.x;
   }
 }
 
@@ -154,7 +177,7 @@ struct PlaneRoom {
 };
 
 // One RoI on up to eight planes of an image, [height, width] each.
-template <class S, class T>
+template <bool kPositions, class S, class T>
 DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, int64_t count, const PixelTable& table,
                                int bins_y, int bins_x, PlaneRoom<T>& room, const MaxResult<S>& result) {
   const Columns columns = table.columns;
@@ -168,23 +191,26 @@ DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, i
   int64_t bin = 0;
   for (int p = 0; p < bins_y; ++p) {
     const IndexRange y = table.y[p];
-    if (y.count() > 0) largest_of_rows(left, width, y, columns.count, values, rows);
+    if (y.count() > 0) largest_of_rows<kPositions>(left, width, y, columns.count, values, rows);
     for (int q = 0; q < bins_x; ++q, bin += kPlanes) {
       const IndexRange x = table.x[q];
       EightWinners<T> winners{Eight<T>{}, Eight<T>{} + T(kNoWinner), Eight<T>{} + T(kNoWinner)};
       if (y.count() > 0 && x.count() > 0) {
-        largest_of_columns(values, rows, x.begin - columns.begin, x.end - columns.begin, winners);
-        winners.x += static_cast<T>(columns.begin);
+        largest_of_columns<kPositions>(values, rows, x.begin - columns.begin, x.end - columns.begin, winners);
+        if constexpr (kPositions) winners.x += static_cast<T>(columns.begin);
       }
       memcpy(best + bin, &winners.value, sizeof(winners.value));
-      memcpy(ys + bin, &winners.y, sizeof(winners.y));
-      memcpy(xs + bin, &winners.x, sizeof(winners.x));
+      if constexpr (kPositions) {
+        memcpy(ys + bin, &winners.y, sizeof(winners.y));
+        memcpy(xs + bin, &winners.x, sizeof(winners.x));
+      }
     }
   }
   store_planes(best, count, bins, result.out);
-  if (result.y == nullptr) return;
-  store_planes(ys, count, bins, result.y);
-  store_planes(xs, count, bins, result.x);
+  if constexpr (kPositions) {
+    store_planes(ys, count, bins, result.y);
+    store_planes(xs, count, bins, result.x);
+  }
 }
 
 // The winner of one bin in each of `channels` channels, with channels_last.
@@ -250,6 +276,7 @@ void roi_pool_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeT
     });
     return;
   }
+  const auto pool = result.y == nullptr ? pool_planes<false, S, T> : pool_planes<true, S, T>;
   parallel_parts(ceil_div(channels, kPlanes), count, [&](int64_t part, int64_t first, int64_t last) {
     const int64_t channel = part * kPlanes;
     PlaneRoom<T> room;
@@ -258,9 +285,8 @@ void roi_pool_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeT
       const PixelTable& table = tables[i];
       room.values.resize(table.columns.count * kPlanes);
       room.rows.resize(room.values.size());
-      pool_planes(map.image(0, table.image) + channel * height * width, height, width,
-                  min_of(kPlanes, channels - channel), table, options.bins_y, options.bins_x, room,
-                  result.from((table.roi * channels + channel) * bins));
+      pool(map.image(0, table.image) + channel * height * width, height, width, min_of(kPlanes, channels - channel),
+           table, options.bins_y, options.bins_x, room, result.from((table.roi * channels + channel) * bins));
     }
   });
 }
