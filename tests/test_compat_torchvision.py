@@ -2,7 +2,7 @@
 
 Weights and images are random. Of a training step in float64 losses agree to 1e-9, relatively, and gradients to 1e-9 of
 the largest; in float32 to 1e-5 and 1e-4. Detections are made in float32: labels and the order are equal, scores agree
-to 1e-5, boxes to 1e-3 pixels, masks to 1e-4.
+to 1e-5, boxes and keypoints to 1e-3 pixels, masks to 1e-4.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import nn
 import detops
 from detops.compat import _redirect
 
-MODELS = ("faster_rcnn", "mask_rcnn", "retinanet", "fcos", "ssd")
+MODELS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd")
 
 
 class Backbone(nn.Module):
@@ -59,6 +59,10 @@ def build(name, seed=0):
         }
         if name == "faster_rcnn":
             model = detection.FasterRCNN(Backbone(4), **own, **size)
+        elif name == "keypoint_rcnn":
+            own["keypoint_head"] = detection.keypoint_rcnn.KeypointRCNNHeads(32, (32,))
+            own["keypoint_predictor"] = detection.keypoint_rcnn.KeypointRCNNPredictor(32, 5)
+            model = detection.KeypointRCNN(Backbone(4), **own, **size)
         else:
             own["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(32, (32,), 1)
             own["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(32, 16, 7)
@@ -85,13 +89,18 @@ def pictures(device, dtype=torch.float32):
     for (height, width), count in (((150, 190), 4), ((170, 160), 6)):
         images.append(torch.rand(3, height, width, generator=generator))
         low = torch.rand(count, 2, generator=generator) * 90
-        boxes = torch.cat((low, low + 15 + torch.rand(count, 2, generator=generator) * 45), dim=1)
+        sides = 15 + torch.rand(count, 2, generator=generator) * 45
+        boxes = torch.cat((low, low + sides), dim=1)
         masks = torch.zeros(count, height, width, dtype=torch.uint8)
         for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
             mask[y1:y2, x1:x2] = 1
         labels = torch.randint(1, 7, (count,), generator=generator)
-        targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+        points = low[:, None] + torch.rand(count, 5, 2, generator=generator) * sides[:, None]
+        keypoints = torch.cat((points, torch.ones(count, 5, 1)), dim=2)  # x, y, visible
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks, "keypoints": keypoints})
     targets = [{name: put(each, device, dtype) for name, each in target.items()} for target in targets]
+    for target in targets:
+        target["keypoints"] = target["keypoints"].float()  # torchvision takes no others
     return [put(image, device, dtype) for image in images], targets
 
 
@@ -121,6 +130,9 @@ def assert_same_detections(found, expected, enough=20):
         assert torch.equal(one["labels"], other["labels"])
         torch.testing.assert_close(one["scores"], other["scores"], rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(one["boxes"], other["boxes"], rtol=0, atol=1e-3)
+        if "keypoints" in other:
+            torch.testing.assert_close(one["keypoints"], other["keypoints"], rtol=0, atol=1e-3)
+            torch.testing.assert_close(one["keypoints_scores"], other["keypoints_scores"], rtol=1e-4, atol=1e-4)
         if "masks" in other:
             torch.testing.assert_close(one["masks"], other["masks"], rtol=0, atol=1e-4)
 
@@ -211,6 +223,7 @@ def test_a_model_built_in_place_is_an_ordinary_one(torchvision, in_place, device
 CALLS = {
     "faster_rcnn": {"batched_nms", "box_iou", "multi_scale_roi_align", "encode_boxes", "decode_boxes", "grid_anchors"},
     "mask_rcnn": {"roi_align", "multi_scale_roi_align", "clip_boxes_to_image", "remove_small_boxes"},
+    "keypoint_rcnn": {"multi_scale_roi_align", "batched_nms", "encode_boxes", "decode_boxes"},
     "retinanet": {"sigmoid_focal_loss", "multiclass_nms", "batched_nms", "box_iou", "encode_boxes", "decode_boxes"},
     "fcos": {"sigmoid_focal_loss", "generalized_box_iou_loss", "batched_nms", "clip_boxes_to_image"},
     "ssd": {"multiclass_nms", "box_iou", "encode_boxes", "decode_boxes", "clip_boxes_to_image"},
