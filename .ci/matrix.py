@@ -1,4 +1,4 @@
-"""Build the sdist and, from it, the wheel, and try that wheel under many versions of Python and torch.
+"""Build the sdist and, from it, the wheel, and try that wheel under many versions of Python, torch and torchvision.
 
     python .ci/matrix.py                                        every Python that is found, every torch
     python .ci/matrix.py --python 3.11 3.13 --torch 2.10.0 newest
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 TORCHES = ["2.10.0", "2.11.0", "2.13.0", "newest"]
-TESTS = ["tests/test_library.py", "tests/test_nms.py", "tests/test_iou.py", "tests/test_roi_align.py"]
+FILES = ("library", "nms", "iou", "roi_align", "compat_torchvision")
 
 
 def run(*command, **options) -> str:
@@ -52,11 +52,11 @@ def try_wheel(wheel: Path, python: str, torch: str, folder: Path) -> str:
     """Installs the wheel beside that torch, calls its report and runs some tests; what it ran under."""
     run(python, "-m", "venv", folder)
     pip = [folder / "bin" / "pip", "install", "-q"]
-    run(*pip, "torch" if torch == "newest" else f"torch=={torch}", "numpy", "pytest", "hypothesis")
+    run(*pip, "torch" if torch == "newest" else f"torch=={torch}", "torchvision", "numpy", "pytest", "hypothesis")
     run(*pip, "--no-deps", wheel)
     run(folder / "bin" / "python", "-m", "detops", cwd=folder)  # not in the source folder, which would be found first
     tests = run(
-        *(folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *TESTS),
+        *(folder / "bin" / "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{name}.py" for name in FILES)),
         cwd=ROOT,
         env={**os.environ, "DETOPS_EMULATION": "0", "DETOPS_TEST_DEVICES": "cpu"},
     )
@@ -70,13 +70,14 @@ def main() -> int:
     parser.add_argument("--torch", nargs="+", default=TORCHES, help=f"default: {' '.join(TORCHES)}")
     parser.add_argument("--wheel", type=Path, help="try this one instead of building")
     args = parser.parse_args()
-    failed = False
+    failed, tried = False, 0
     with tempfile.TemporaryDirectory() as folder:
         wheel = args.wheel or build(Path(folder))
         for version in args.python:
             python = interpreter(version)
             for torch in args.torch:
                 start = time.monotonic()
+                tried += python is not None
                 environment = Path(folder) / f"{version}-{torch}"
                 try:
                     outcome = try_wheel(wheel, python, torch, environment) if python else "not tried: no such Python"
@@ -86,7 +87,9 @@ def main() -> int:
                     outcome = "FAILED"
                 shutil.rmtree(environment, ignore_errors=True)
                 print(f"Python {version}, {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
-    return int(failed)
+    if not tried:
+        print("none of these versions of Python was found", file=sys.stderr)
+    return int(failed or not tried)
 
 
 if __name__ == "__main__":

@@ -281,10 +281,12 @@ def machine(device: str) -> dict:
     if os.path.exists("/proc/cpuinfo"):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
         "cpu": cpu,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,  # large results ask for them
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
         "system": platform.platform(),
     }

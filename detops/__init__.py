@@ -9,6 +9,7 @@ its main function share a name, as `nms`, the name in this package is the functi
 
 from . import _library  # first: it loads the compiled library or says why it cannot
 from . import compat as compat
+from . import onnx as onnx
 from .anchors import (
     AnchorGenerator,
     DefaultBoxGenerator,

@@ -8,7 +8,7 @@ import contextlib
 import ctypes
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,6 +118,21 @@ def refuse_complex(op: str, name: str, tensor: torch.Tensor) -> None:
     """Raises where a conversion would drop the imaginary parts."""
     if tensor.is_complex():
         raise RuntimeError(f"{op}: {name} must be real, got {dtype_name(tensor.dtype)}")
+
+
+def refuse_vmap(op: str, *tensors: torch.Tensor) -> None:
+    """Raises under torch.func.vmap, of which torch's own error would name an inner function."""
+    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, tensors)):
+        raise RuntimeError(f"{op}: its arguments must not be under vmap")
+
+
+def filled(values: Sequence[float], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[len(values)] on the device of `like`. A GPU fills it and waits for nothing, as it would for a copy from the
+    host, which torch.tensor makes and a CUDA graph refuses."""
+    result = like.new_empty(len(values), dtype=dtype)
+    for place, value in zip(result, values, strict=True):
+        place.fill_(value)
+    return result
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -178,7 +178,7 @@ class DefaultBoxGenerator(nn.Module):
         max_ratio: the scale of the last.
         scales: in place of these, m + 1 scales.
         steps: pixels between the centres of each map; None for the image divided by the map.
-        clip: whether sides, as shares of the image, are clamped to [0, 1].
+        clip: whether sides, divided by those of the image, are clamped to [0, 1].
 
     Called with `(image_list, feature_maps)`: an object with `tensors` [B, ..., H, W] and `image_sizes`, and the maps
     [B, C, h, w]. Returns a list of B boxes [A, 4] xyxy in pixels, ordered by map, row, column, box; float32, float64

@@ -370,6 +370,7 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
         [[3, 1], [-1, -1]]
     """
     op = "pad_ground_truth"
+    _library.refuse_vmap(op, *boxes, *labels)
     if len(boxes) != len(labels):
         raise ValueError(f"{op}: labels must have one tensor per image ({len(boxes)}), got {len(labels)}")
     for image, (image_boxes, image_labels) in enumerate(zip(boxes, labels, strict=True)):

@@ -64,7 +64,7 @@ def match_detr(
 
     Args:
         logits: [B, Q, C], floating. With "softmax" C counts the class "no object" too.
-        boxes: [B, Q, 4] in `fmt`, of any unit; DETR's are in shares of the image.
+        boxes: [B, Q, 4] in `fmt`, of any unit; DETR's are divided by the width and height of the image.
         gt_boxes: [B, M, 4] in the same format and unit.
         gt_labels: [B, M] integer, from 0 to C - 1.
         gt_valid: [B, M] bool: which boxes take part; all if None. Other rows may hold anything.

@@ -67,7 +67,7 @@ def assign_yolo_grid(
         >>> targets[0, 0, 0]
         tensor([1.0000, 0.6250, 0.9375, 0.6250, 1.2500, 0.0000, 1.0000])
 
-    Source: Redmon et al., "You Only Look Once", CVPR 2016 (where sides are shares of the image), with sides in cells
+    Source: Redmon et al., "You Only Look Once", CVPR 2016 (where sides are divided by those of the image), with sides in cells
     and anchors as in its textbook form.
     """
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
@@ -132,7 +132,8 @@ def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: T
     images, rows, columns, per_cell, values = targets.shape
     places = rows * columns * per_cell
     place = {"dtype": torch.float64, "device": targets.device}
-    cell = torch.tensor([width / max(columns, 1), height / max(rows, 1)], **place)  # of an empty grid none is used
+    cell = [width / max(columns, 1), height / max(rows, 1)]  # of an empty grid none is used
+    cell = _library.filled(cell, targets, torch.float64)
     y, x = torch.meshgrid(torch.arange(rows, **place), torch.arange(columns, **place), indexing="ij")
     centre = (targets[..., 1:3] + torch.stack([x, y], -1).unsqueeze(2)) * cell
     half = targets[..., 3:5] * (cell if anchors is None else anchors.double()) / 2

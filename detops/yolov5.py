@@ -89,14 +89,14 @@ def assign_yolov5(
     _library.refuse_complex("assign_yolov5", "gt_boxes", gt_boxes)
     dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
     low, high = gt_boxes.detach().to(dtype).split(2, dim=-1)
-    size = torch.tensor([width, height], dtype=dtype, device=gt_boxes.device)
-    shares = torch.cat([(low + high) / 2 / size, (high - low) / size], -1)
-    of_levels = torch.tensor(strides, dtype=dtype, device=anchors.device)
-    indices, rows, labels, boxes, counts = _library.ops.assign_yolov5(
-        *(shares, gt_labels, gt_valid, anchors.detach() / of_levels[:, None, None]),
+    size = _library.filled([width, height], gt_boxes, dtype)
+    normalized = torch.cat([(low + high) / 2 / size, (high - low) / size], -1)
+    of_levels = _library.filled(strides, anchors, dtype)
+    indices, gt_indices, labels, boxes, counts = _library.ops.assign_yolov5(
+        *(normalized, gt_labels, gt_valid, anchors.detach() / of_levels[:, None, None]),
         *([height // stride for stride in strides], [width // stride for stride in strides], ratio_threshold),
     )
-    return Yolov5Targets(labels, boxes, indices, rows, counts)
+    return Yolov5Targets(labels, boxes, indices, gt_indices, counts)
 
 
 def yolov5_target_lists(
@@ -105,7 +105,7 @@ def yolov5_target_lists(
     """`assign_yolov5` with the arguments, the rows and the order of YOLOv5's own loss.
 
     Args:
-        targets: [n, 6] image, class, centre x, y, width, height, the last four in shares of the image.
+        targets: [n, 6] image, class, centre x, y, width, height, the last four divided by the image's width and height.
         anchors: [L, A, 2] widths and heights in cells.
         grid_sizes: (height, width) of the L feature maps, in cells.
         ratio_threshold: above 1.
@@ -129,21 +129,32 @@ def yolov5_target_lists(
 
     Source: the build_targets of YOLOv5's loss.
     """
+    op = "yolov5_target_lists"
+    _library.refuse_vmap(op, targets, anchors)
     if targets.ndim != 2 or targets.shape[1] != 6:
-        raise RuntimeError(f"yolov5_target_lists: targets must have shape [n, 6], got {list(targets.shape)}")
-    _check_ratio("yolov5_target_lists", ratio_threshold)
+        raise RuntimeError(f"{op}: targets must have shape [n, 6], got {list(targets.shape)}")
+    for name, each in (("targets", targets), ("anchors", anchors)):
+        if not each.is_floating_point():
+            got = _library.dtype_name(each.dtype)
+            raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {got}")
+    if anchors.ndim != 3 or anchors.shape[0] != len(grid_sizes) or anchors.shape[2] != 2:
+        rule = f"[{len(grid_sizes)}, A, 2] as of grid_sizes"
+        raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")
+    if anchors.device != targets.device:
+        raise RuntimeError(f"{op}: anchors must be on the device of targets ({targets.device}), got {anchors.device}")
+    _check_ratio(op, ratio_threshold)
     if any(min(size) < 0 for size in grid_sizes):
-        raise ValueError(f"yolov5_target_lists: grid_sizes must be at least 0, got {list(grid_sizes)}")
+        raise ValueError(f"{op}: grid_sizes must be at least 0, got {list(grid_sizes)}")
     targets, anchors = targets.detach(), anchors.detach()
     labels = targets[None, :, 1].long()
-    indices, rows, labels, boxes, counts = _library.ops.assign_yolov5(
+    indices, gt_indices, labels, boxes, counts = _library.ops.assign_yolov5(
         *(targets[None, :, 2:], labels, torch.ones_like(labels, dtype=torch.bool), anchors),
         *([height for height, _ in grid_sizes], [width for _, width in grid_sizes], ratio_threshold),
     )
     found = ([], [], [], [])
     for level, count in enumerate(counts.tolist()):
         _, anchor, y, x = indices[level, :count].unbind(1)
-        image = targets[rows[level, :count], 0].long()
+        image = targets[gt_indices[level, :count], 0].long()
         parts = labels[level, :count], boxes[level, :count], (image, anchor, y, x), anchors[level][anchor]
         for each, part in zip(found, parts, strict=True):
             each.append(part)

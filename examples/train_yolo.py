@@ -134,7 +134,7 @@ def compare(found, truth):
 
 
 def draw_detections(images, found, truth, scenes, path):
-    """Of twelve scenes the with their scores in the colours of their classes, the truth dashed."""
+    """Twelve scenes: the detections with their scores in the colours of their classes, the truth dashed."""
     figure = Figure(figsize=(14, 11), layout="constrained")
     for i, axes in zip(scenes, figure.subplots(3, 4).flat, strict=True):
         axes.imshow(images[i, 0].numpy(), cmap="gray", vmin=0, vmax=1, extent=(0, SIZE, SIZE, 0))
@@ -156,6 +156,8 @@ def main():
     parser.add_argument("--unseen", type=int, default=500, help="unseen scenes, 24 at least (default: 500)")
     parser.add_argument("--seed", type=int, default=0, help="equal seeds train equal detectors (default: 0)")
     args = parser.parse_args()
+    if args.unseen < 24:
+        parser.error("--unseen must be at least 24: so many are drawn")
 
     torch.manual_seed(args.seed)
     objects, unseen_objects = cut_out_objects()

@@ -137,8 +137,8 @@ CALLS = {
     "decode_ltrb": Call(detops.decode_ltrb, lambda n: (_random(2, 4 * n, 4), _points(n))),
     "decode_dfl": Call(detops.decode_dfl, lambda n: (_random(n, 4, 8),)),
     "decode_yolo": Call(
-        lambda x, y: detops.decode_yolo([x, y], YOLO_ANCHORS.to(x.device), [8, 16], version="v5"),
-        lambda n: (_random(2, 16, n, n), _random(2, 16, n + 1, n)),
+        lambda x, y, a: detops.decode_yolo([x, y], a, [8, 16], version="v5"),
+        lambda n: (_random(2, 16, n, n), _random(2, 16, n + 1, n), YOLO_ANCHORS),
         predicted=2,
     ),
     # Matching
@@ -172,19 +172,19 @@ CALLS = {
         predicted=3,
     ),
     "assign_yolov5": Call(
-        lambda g, c, v: detops.assign_yolov5(g, c, v, YOLO_ANCHORS.to(g.device), [8, 16], (32, 32)),
-        _ground_truth,
+        lambda g, c, v, a: detops.assign_yolov5(g, c, v, a, [8, 16], (32, 32)),
+        lambda n: (*_ground_truth(n), YOLO_ANCHORS),
         predicted=0,
     ),
     "yolov5_target_lists": Call(
-        lambda t: detops.yolov5_target_lists(t, YOLO_ANCHORS.to(t.device) / 8, [(4, 4), (2, 2)]),
-        lambda n: (torch.cat((_labels(n, 2) % 2, 0.5 + _random(n, 4) / 4), -1),),
+        lambda t, a: detops.yolov5_target_lists(t, a, [(4, 4), (2, 2)]),
+        lambda n: (torch.cat((_labels(n, 2) % 2, 0.5 + _random(n, 4) / 4), -1), YOLO_ANCHORS / 8),
         predicted=0,
         counts=True,
     ),
     "assign_yolov3": Call(
-        lambda g, c, v: detops.assign_yolov3(g, c, v, YOLO_ANCHORS.to(g.device), [8, 16], (32, 32)),
-        _ground_truth,
+        lambda g, c, v, a: detops.assign_yolov3(g, c, v, a, [8, 16], (32, 32)),
+        lambda n: (*_ground_truth(n), YOLO_ANCHORS),
         predicted=0,
     ),
     "assign_yolo_grid": Call(

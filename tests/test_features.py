@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from features import CALLS
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import detops
@@ -33,6 +35,7 @@ VMAP = {
 }
 CUDA_GRAPH = {name: COUNTS for name, call in CALLS.items() if call.counts}
 ONNX = {"nms": "NonMaxSuppression", "roi_align": "RoiAlign"}
+ORDINARY = (YES,) * 5 + ("no",)
 SIZES = 9, 12, 10
 
 
@@ -41,10 +44,11 @@ def answers(name):
 
 
 def table():
-    """Functions with the same answers share a row."""
+    """Functions with the same answers share a row, most of them the last."""
     rows = {}
     for name in CALLS:
         rows.setdefault(answers(name), []).append(f"`{name}`")
+    rows[ORDINARY] = [f"the {len(rows.pop(ORDINARY))} others"]
     cells = [["function", *COLUMNS.values()], ["---"] * (len(COLUMNS) + 1)]
     cells += [[", ".join(names), *row] for row, names in rows.items()]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells)
@@ -118,7 +122,7 @@ def test_autocast(device, name, dtype):
     expected = call.function(*(each.float() if each.is_floating_point() else each for each in low))
     for ours, theirs in zip(tree_leaves(got), tree_leaves(expected), strict=True):
         assert ours.dtype in (theirs.dtype, dtype)
-        torch.testing.assert_close(ours, theirs.to(ours.dtype), equal_nan=True)
+        torch.testing.assert_close(ours, theirs.to(ours.dtype), equal_nan=True, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -128,7 +132,7 @@ def test_vmap(name):
     if call.counts:  # the three must give as many
         several = [torch.stack((each, each, each)) for each in inputs]
     if name in VMAP:
-        with pytest.raises(RuntimeError):
+        with pytest.raises(RuntimeError, match="randomness" if name == "sample_matches" else name):
             torch.vmap(call.function)(*several)
         return
     got = torch.vmap(call.function)(*several)
@@ -155,6 +159,53 @@ def test_cuda_graph(device, name):
     graph.replay()
     if name != "sample_matches":  # whose random numbers are others
         expect_same(captured, call.function(*later))
+
+
+class _Copies(TorchDispatchMode):
+    """Notes what makes the host and a GPU wait for each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        devices = {each.device.type for each in tree_leaves((args, kwargs, result)) if isinstance(each, torch.Tensor)}
+        if {"cpu", "cuda"} <= devices or function is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(str(function))
+        return result
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_vmap_with_randomness(randomness):
+    call = CALLS["sample_matches"]
+    (indices,) = call.inputs(9)
+    got = torch.vmap(call.function, randomness=randomness)(indices.expand(3, -1, -1))
+    expected = call.function(indices)  # all anchors: none is left to chance
+    expect_same(got, tree_map(lambda each: each.expand(3, *each.shape), expected))
+
+
+needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch, but no GPU")
+
+
+@needs_cuda_build
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if not call.counts])
+def test_no_copy_between_host_and_gpu(name):
+    """Of the Python layer, on tensors that hold nothing and claim to be on a GPU."""
+    shapes = CALLS[name].inputs(9)
+    with FakeTensorMode(), _Copies() as copies:
+        inputs = [torch.empty(each.shape, dtype=each.dtype, device="cuda") for each in shapes]
+        results = tree_leaves(CALLS[name].function(*inputs))
+        assert {each.device.type for each in results} == {"cuda"}
+    assert not copies.found
+
+
+@needs_cuda_build
+def test_a_copy_from_the_host_is_noted():
+    with FakeTensorMode(), _Copies() as copies:
+        torch.tensor([1.0, 2.0], device="cuda")
+        torch.empty(2, device="cuda").cpu()
+    assert len(copies.found) == 2
 
 
 class Postprocessing(torch.nn.Module):

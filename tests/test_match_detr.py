@@ -19,7 +19,7 @@ COSTS = {
 
 
 def scene(images, queries, classes, gts, seed=0, share=0.7):
-    """Logits, boxes, gt_boxes, labels and which boxes are valid; boxes in shares of the image."""
+    """Logits, boxes, gt_boxes, labels and which boxes are valid; boxes divided by the width and height of the image."""
     rng = np.random.default_rng(seed)
 
     def boxes(n):

@@ -205,7 +205,7 @@ def test_atss(device):
 
 
 def test_detr(device):
-    """The class of every query, no object last, and its box in shares of the image."""
+    """The class of every query, no object last, and its box divided by the width and height of the image."""
     boxes, labels, valid = scene(seed=5)
     shares = detops.box_convert(device.put(boxes), "xyxy", "cxcywh") / device.put([WIDTH, HEIGHT, WIDTH, HEIGHT])
     rng = np.random.default_rng(6)

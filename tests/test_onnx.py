@@ -7,7 +7,6 @@ import torch
 from features import boxes as random_boxes
 
 import detops
-import detops.onnx
 
 
 @pytest.fixture

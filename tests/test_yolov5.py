@@ -29,7 +29,7 @@ def gts_of(images, gts, seed=0, size=256, on_grid=False):
 
 
 def shares_of(boxes, image_size):
-    """cxcywh in shares of the image, rounded as detops does."""
+    """cxcywh divided by the width and height of the image, rounded as detops does."""
     size = np.array(image_size[::-1], boxes.dtype)
     with np.errstate(all="ignore"):
         low, high = boxes[..., :2], boxes[..., 2:]
@@ -214,8 +214,14 @@ def test_bad_options(device):
         detops.assign_yolov5(**GOOD, ratio_threshold=1.0)
     with pytest.raises(RuntimeError, match=r"^yolov5_target_lists: targets must have shape \[n, 6\], got \[2, 5\]$"):
         detops.yolov5_target_lists(torch.zeros(2, 5), GOOD["anchors"], [(8, 8)] * 3)
-    with pytest.raises(RuntimeError, match=r"grid_sizes must have one entry per level of anchors \(3\), got 2$"):
+    rule = r"anchors must have shape \[2, A, 2\] as of grid_sizes, got \[3, 3, 2\]"
+    with pytest.raises(RuntimeError, match=f"^yolov5_target_lists: {rule}$"):
         detops.yolov5_target_lists(torch.zeros(2, 6), GOOD["anchors"], [(8, 8)] * 2)
+    rule = "targets must be float16, bfloat16, float32 or float64, got int64"
+    with pytest.raises(RuntimeError, match=f"^yolov5_target_lists: {rule}$"):
+        detops.yolov5_target_lists(torch.zeros(2, 6).long(), GOOD["anchors"], [(8, 8)] * 3)
+    with pytest.raises(RuntimeError, match=r"^yolov5_target_lists: anchors must be on the device of targets \(meta\)"):
+        detops.yolov5_target_lists(torch.zeros(2, 6, device="meta"), GOOD["anchors"], [(8, 8)] * 3)
 
 
 # A PyTorch citizen.

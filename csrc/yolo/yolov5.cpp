@@ -14,7 +14,7 @@ namespace {
 template <class T>
 DETOPS_CLONES void choose_cells(const Yolov5View<T>& view, const Yolov5Level<T>& level, int64_t number, int64_t anchor,
                                 uint8_t* __restrict__ cells) {
-  for (int64_t row = 0; row < view.rows; ++row) {
+  for (int64_t row = 0; row < view.gts; ++row) {
     cells[row] = static_cast<uint8_t>(view.cells(level, number, anchor, row));
   }
 }
@@ -25,10 +25,10 @@ void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   const Yolov5View<T> view = inputs.view<T>();
   const int64_t levels = inputs.anchors.size(0), anchors = view.anchor_count, pairs = levels * anchors;
   int64_t* const counts = out.counts.mutable_data_ptr<int64_t>();
-  std::vector<uint8_t> cells(pairs * view.rows);
+  std::vector<uint8_t> cells(pairs * view.gts);
   std::vector<std::array<int64_t, kYolov5Cells>> places(pairs);  // counts, and then where the next row goes
   const auto for_pairs = [&](const auto& body) {
-    if (pairs * view.rows < (1 << 14)) {
+    if (pairs * view.gts < (1 << 14)) {
       for (int64_t pair = 0; pair < pairs; ++pair) body(pair);
       return;
     }
@@ -38,10 +38,10 @@ void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   };
   for_pairs([&](int64_t pair) {
     const int64_t number = pair / anchors;
-    uint8_t* const of_pair = cells.data() + pair * view.rows;
+    uint8_t* const of_pair = cells.data() + pair * view.gts;
     choose_cells(view, inputs.level<T>(number), number, pair % anchors, of_pair);
     std::array<int64_t, kYolov5Cells> count{};
-    for (int64_t row = 0; row < view.rows; ++row) {
+    for (int64_t row = 0; row < view.gts; ++row) {
       for (int cell = 0; cell < kYolov5Cells; ++cell) count[cell] += of_pair[row] >> cell & 1;
     }
     places[pair] = count;
@@ -60,11 +60,12 @@ void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
     const int64_t number = pair / anchors, anchor = pair % anchors, first = number * view.capacity;
     const Yolov5Level<T> level = inputs.level<T>(number);
     const Yolov5Rows to{out.indices.mutable_data_ptr<int64_t>() + 4 * first,
-                        out.rows.mutable_data_ptr<int64_t>() + first, out.labels.mutable_data_ptr<int64_t>() + first};
+                        out.gt_indices.mutable_data_ptr<int64_t>() + first,
+                        out.labels.mutable_data_ptr<int64_t>() + first};
     T* const boxes = out.boxes.mutable_data_ptr<T>() + 4 * first;
-    const uint8_t* const of_pair = cells.data() + pair * view.rows;
+    const uint8_t* const of_pair = cells.data() + pair * view.gts;
     std::array<int64_t, kYolov5Cells> place = places[pair];
-    for (int64_t row = 0; row < view.rows; ++row) {
+    for (int64_t row = 0; row < view.gts; ++row) {
       if (of_pair[row] == 0) continue;
       for (int cell = 0; cell < kYolov5Cells; ++cell) {
         if (of_pair[row] >> cell & 1) write_row(view, level, cell, anchor, row, place[cell]++, to, boxes);
@@ -75,7 +76,7 @@ void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
     const int64_t begin = counts[number] + unused * anchor / anchors;
     const int64_t end = counts[number] + unused * (anchor + 1) / anchors;
     std::fill(to.indices + 4 * begin, to.indices + 4 * end, -1);
-    std::fill(to.rows + begin, to.rows + end, -1);
+    std::fill(to.gt_indices + begin, to.gt_indices + end, -1);
     std::fill(to.labels + begin, to.labels + end, -1);
     std::fill(boxes + 4 * begin, boxes + 4 * end, T(0));
   });
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_yolov5(const Tensor& g
   check_same_device(op, "anchors", anchors, "gt_boxes", gt_boxes);
   const int64_t levels = anchors.size(0);
   if (static_cast<int64_t>(heights.size()) != levels || heights.size() != widths.size()) {
-    fail(op, "grid_sizes must have one entry per level of anchors (" + std::to_string(levels) + "), got " +
+    fail(op, "heights and widths must have one entry per level of anchors (" + std::to_string(levels) + "), got " +
                  std::to_string(heights.size()));
   }
   const ScalarType dtype = compute_dtype({&gt_boxes});
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_yolov5(const Tensor& g
       assign_yolov5_cpu<float>(inputs, out);
     }
   }
-  return {out.indices, out.rows, out.labels, out.boxes, out.counts};
+  return {out.indices, out.gt_indices, out.labels, out.boxes, out.counts};
 }
 
 }  // namespace

@@ -1,10 +1,11 @@
 // The target assignment of YOLOv5 (and v7): decisions, written once for both devices.
 //
-//   assign_yolov5(gt_boxes [B, M, 4], gt_labels [B, M], gt_valid [B, M], anchors [L, A, 2], grid_sizes,
-//   ratio_threshold)
-//     -> indices [L, K, 4], rows [L, K], labels [L, K], boxes [L, K, 4], counts [L],   K = 3 A B M
+//   assign_yolov5(gt_boxes [B, M, 4], gt_labels [B, M], gt_valid [B, M], anchors [L, A, 2], heights [L],
+//   widths [L], ratio_threshold)
+//     -> indices [L, K, 4], gt_indices [L, K], labels [L, K], boxes [L, K, 4], counts [L],   K = 3 A B M
 //
-// gt_boxes are cxcywh in shares of the image, anchors width and height in cells. On a level of H x W cells:
+// gt_boxes are cxcywh divided by the image's width and height, anchors width and height in cells. On a level of H x W
+// cells:
 //   1. A gt matches an anchor if max(r, 1 / r) < ratio_threshold for r = gt side / anchor side of both axes.
 //   2. It goes to the cell of its centre, to the left (top) one if the centre lies in the left (upper) half of its cell
 //      and further than 1 from the border, and to the right (bottom) one likewise: at most three cells.
@@ -72,7 +73,7 @@ struct Yolov5View {
   const T* anchors;  // [L, A, 2]
   const int64_t* labels;
   const bool* valid;
-  int64_t gts, rows, anchor_count, capacity;  // M, B M, A, K
+  int64_t gts_per_image, gts, anchor_count, capacity;  // M, B M, A, K
   T ratio_threshold;
 
   // The cells of `row` for an anchor of level `number`, one bit each.
@@ -86,7 +87,7 @@ struct Yolov5View {
 };
 
 struct Yolov5Rows {
-  int64_t *indices, *rows, *labels;
+  int64_t *indices, *gt_indices, *labels;
 };
 
 template <class T>
@@ -96,11 +97,11 @@ DETOPS_HD void write_row(const Yolov5View<T>& view, const Yolov5Level<T>& level,
   const T half = T(0.5);
   const int64_t x = cell_of(box.x, cell == 1 ? half : cell == 3 ? -half : T(0), level.width);
   const int64_t y = cell_of(box.y, cell == 2 ? half : cell == 4 ? -half : T(0), level.height);
-  out.indices[4 * place] = row / view.gts;
+  out.indices[4 * place] = row / view.gts_per_image;
   out.indices[4 * place + 1] = anchor;
   out.indices[4 * place + 2] = y;
   out.indices[4 * place + 3] = x;
-  out.rows[place] = row % view.gts;
+  out.gt_indices[place] = row % view.gts_per_image;
   out.labels[place] = view.labels[row];
   boxes[4 * place] = box.x - static_cast<T>(x);
   boxes[4 * place + 1] = box.y - static_cast<T>(y);
@@ -133,7 +134,7 @@ struct Yolov5Inputs {
 };
 
 struct Yolov5Outputs {
-  Tensor indices, rows, labels, boxes, counts;
+  Tensor indices, gt_indices, labels, boxes, counts;
 };
 
 // The launches. Arguments were checked; outputs are allocated.

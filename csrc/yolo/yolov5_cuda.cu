@@ -24,7 +24,7 @@ template <class T>
 __global__ void yolov5_count_kernel(Yolov5View<T> view, Yolov5Level<T> level, int64_t number, int64_t chunks_per_pair,
                                     int* counts) {
   const Chunk chunk(blockIdx.x, chunks_per_pair, view.anchor_count);
-  const bool takes = chunk.row < view.rows && (view.cells(level, number, chunk.anchor, chunk.row) >> chunk.cell & 1);
+  const bool takes = chunk.row < view.gts && (view.cells(level, number, chunk.anchor, chunk.row) >> chunk.cell & 1);
   const int count = __syncthreads_count(takes);
   if (threadIdx.x == 0) counts[blockIdx.x] = count;
 }
@@ -36,7 +36,7 @@ __global__ void yolov5_write_kernel(Yolov5View<T> view, Yolov5Level<T> level, in
   DETOPS_SHARED(int, of_warps, kWarps);  // rows of this chunk, by warp
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const Chunk chunk(blockIdx.x, chunks_per_pair, view.anchor_count);
-  const bool takes = chunk.row < view.rows && (view.cells(level, number, chunk.anchor, chunk.row) >> chunk.cell & 1);
+  const bool takes = chunk.row < view.gts && (view.cells(level, number, chunk.anchor, chunk.row) >> chunk.cell & 1);
   int sum = 0;
   for (int64_t i = threadIdx.x; i < blockIdx.x; i += kThreads) sum += counts[i];
   before[threadIdx.x] = sum;
@@ -65,11 +65,11 @@ void launch_all(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
     check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), value, tensor.numel() * tensor.element_size(), stream), op);
   };
   set(out.indices, 0xff);
-  set(out.rows, 0xff);
+  set(out.gt_indices, 0xff);
   set(out.labels, 0xff);
   set(out.boxes, 0);
   set(out.counts, 0);
-  const int64_t chunks_per_pair = ceil_div<int64_t>(view.rows, kThreads);
+  const int64_t chunks_per_pair = ceil_div<int64_t>(view.gts, kThreads);
   const int64_t chunks = kYolov5Cells * view.anchor_count * chunks_per_pair;
   if (chunks == 0) return;
   const Tensor counts = allocate(op, {chunks}, ScalarType::Int, inputs.boxes);
@@ -78,7 +78,8 @@ void launch_all(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   for (int64_t number = 0; number < levels; ++number) {
     const int64_t first = number * view.capacity;
     const Yolov5Rows to{out.indices.mutable_data_ptr<int64_t>() + 4 * first,
-                        out.rows.mutable_data_ptr<int64_t>() + first, out.labels.mutable_data_ptr<int64_t>() + first};
+                        out.gt_indices.mutable_data_ptr<int64_t>() + first,
+                        out.labels.mutable_data_ptr<int64_t>() + first};
     DETOPS_LAUNCH((yolov5_count_kernel<T>), blocks, kThreads, 0, stream, view, inputs.level<T>(number), number,
                   chunks_per_pair, chunk_counts);
     DETOPS_LAUNCH((yolov5_write_kernel<T>), blocks, kThreads, 0, stream, view, inputs.level<T>(number), number,
