@@ -67,8 +67,8 @@ def assign_yolo_grid(
         >>> targets[0, 0, 0]
         tensor([1.0000, 0.6250, 0.9375, 0.6250, 1.2500, 0.0000, 1.0000])
 
-    Source: Redmon et al., "You Only Look Once", CVPR 2016 (where sides are divided by those of the image), with sides in cells
-    and anchors as in its textbook form.
+    Source: Redmon et al., "You Only Look Once", CVPR 2016 (where sides are divided by those of the image), with
+    sides in cells and anchors as in its textbook form.
     """
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     height, width = image_size
