@@ -390,6 +390,15 @@ def content_of(value):
     return id(value), id(value.__code__), value.__defaults__, str(value.__kwdefaults__), sorted(vars(value))
 
 
+class NmsAndRoIAlign(nn.Module):
+    def forward(self, boxes, scores, features):
+        import torchvision
+
+        keep = torchvision.ops.nms(boxes, scores, 0.5)
+        keep_in_groups = torchvision.ops.batched_nms(boxes, scores, torch.zeros_like(scores).long(), 0.5)
+        return torchvision.ops.roi_align(features, [boxes[keep]], 2), keep_in_groups
+
+
 class TestLeftToTorchvision:
     def test_transforms_of_torch_func(self, torchvision, in_place, spied):
         with in_place():
@@ -406,6 +415,27 @@ class TestLeftToTorchvision:
             assert scripted(BOXES, SCORES, 0.5).tolist() == [1, 2]
         assert traced(BOXES).shape == (3, 3)
         assert not spied
+
+    @pytest.mark.parametrize("strict", [False, True])
+    def test_export(self, torchvision, in_place, strict):
+        with in_place():
+            program = torch.export.export(NmsAndRoIAlign(), (BOXES, SCORES, torch.rand(1, 2, 8, 8)), strict=strict)
+        called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert called >= {"torchvision.nms.default", "torchvision.roi_align.default"}
+        assert not any("detops" in each for each in called)
+
+    def test_export_to_onnx(self, torchvision, in_place):
+        pytest.importorskip("onnxscript")
+
+        def nodes():
+            inputs = BOXES, SCORES, torch.ones(1, 2, 8, 8)
+            graph = torch.onnx.export(NmsAndRoIAlign(), inputs, dynamo=True, verbose=False).model_proto.graph
+            return [(each.op_type, [*each.input], [*each.output], [*each.attribute]) for each in graph.node]
+
+        expected = nodes()
+        with in_place():
+            assert nodes() == expected
+        assert {"NonMaxSuppression", "RoiAlign"} <= {kind for kind, *_ in expected}
 
     def test_arguments_that_detops_refuses(self, torchvision, in_place):
         calls = [

@@ -36,10 +36,11 @@ class Torchvision:
     half-precision boxes are computed in float32, `batched_nms` does not merge classes where coordinates are negative, a
     batch index out of range is an error, and IoUs, their losses and the coders have no second derivative.
 
-    torchvision's own code still runs under TorchScript and tracing, in torch.func transforms and forward-mode
+    torchvision's own code still runs under TorchScript, tracing and export, in torch.func transforms and forward-mode
     derivatives, for tensors that are quantised or on devices that detops has no kernels for, for arguments that detops
-    does not take, and where a subclass or a changed instance has its own way. Not reached are programs scripted,
-    exported or traced before, and calls of `torch.ops.torchvision.*`.
+    does not take, and where a subclass or a changed instance has its own way. So programs that are exported, to ONNX
+    too, are those of torchvision, and need no detops. Not reached are programs scripted, exported or traced before, and
+    calls of `torch.ops.torchvision.*`.
 
     Raises:
         ImportError: torchvision is not installed.

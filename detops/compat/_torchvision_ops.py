@@ -29,9 +29,15 @@ def instead_of(module: str, path: str) -> Callable[[Callable], Callable]:
 _DEVICES = ("cpu", "meta", "cuda") if _library.build_info()["cuda"] else ("cpu", "meta")
 
 
+@torch.compiler.assume_constant_result  # torch 2.10 to 2.12 trace is_exporting() as True in all compiled code
+def _exporting() -> bool:
+    """torch.export, which that of ONNX goes by; its older one traces."""
+    return torch.compiler.is_exporting()
+
+
 def takes(*tensors) -> bool:
     """Whether detops serves an op that is one kernel in torchvision too."""
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing() or _exporting():
         return False
     for each in tensors:
         if not isinstance(each, Tensor) or each.is_quantized or each.layout != torch.strided:
