@@ -344,6 +344,59 @@ class TestTheSwitch:
         with pytest.raises(RuntimeError, match=r"must have the parameters \['other'\], got \['boxes', 'scores'"):
             _redirect.Redirection(torchvision.ops.boxes, "nms", lambda original, other: None)
 
+    def test_refuses_keyword_only_parameters(self):
+        module = types.ModuleType("a_library")
+        exec("def area(boxes, *, fmt='xyxy'): return boxes", vars(module))
+        with pytest.raises(RuntimeError, match=r"a_library\.area must have no keyword-only parameters"):
+            _redirect.Redirection(module, "area", lambda original, boxes, fmt: None)
+
+    @pytest.mark.parametrize("half_way", [False, True])
+    def test_an_interrupted_start_changes_nothing(self, torchvision, in_place, monkeypatch, half_way):
+        def interrupted(self):
+            started.append(self)
+            if len(started) == 5 and not half_way:
+                raise KeyboardInterrupt
+            start(self)
+            if len(started) == 5:
+                raise KeyboardInterrupt
+
+        started, start, before = [], _redirect.Redirection.start, state_of_torchvision()
+        monkeypatch.setattr(_redirect.Redirection, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            in_place.install()
+        assert len(started) == 5
+        assert "not in place" in repr(in_place)
+        assert state_of_torchvision() == before
+        with in_place():
+            assert len(started) > 25
+        assert state_of_torchvision() == before
+
+    @pytest.mark.parametrize("again", ["uninstall", "install"])
+    def test_an_interrupted_stop_puts_the_others_back(self, torchvision, in_place, spied, monkeypatch, again):
+        def interrupted(self):
+            stopped.append(self)
+            if len(stopped) == 5:
+                raise KeyboardInterrupt
+            stop(self)
+
+        stopped, stop, before = [], _redirect.Redirection.stop, state_of_torchvision()
+        in_place.install()
+        monkeypatch.setattr(_redirect.Redirection, "stop", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            in_place.uninstall()
+        after = state_of_torchvision()
+        names = {id(each._function): each._function.__qualname__ for each in stopped}
+        assert {names[state[0]] for name, state in after.items() if state != before[name]} == {
+            names[id(stopped[4]._function)]
+        }
+        assert repr(in_place) == "<detops.compat.torchvision: in place>"
+        getattr(in_place, again)()
+        if again == "install":
+            torchvision.ops.nms(BOXES, SCORES, 0.5)
+            assert spied == {"nms"}
+            in_place.uninstall()
+        assert state_of_torchvision() == before
+
     def test_ties_of_many_boxes_are_in_torchs_order(self, torchvision, in_place):
         low = torch.rand(2000, 2) * 500
         boxes = torch.cat((low, low + 20), dim=1)

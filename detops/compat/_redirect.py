@@ -10,8 +10,9 @@ import inspect
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
 
-# What redirected functions call, by key.
+# What redirected functions call, by key, and what that is made of: the replacement and the original.
 targets: dict[str, Callable] = {}
+_parts: dict[str, tuple[Callable, Callable]] = {}
 
 # It runs with the globals of the other library, so it imports what it needs. Its parameters stay those of the original,
 # which callers, inspect and torch.compile go by.
@@ -32,7 +33,8 @@ class Redirection:
         replacement: gets the function as it was, and the arguments of the call.
 
     Raises:
-        RuntimeError: something else than the library's own function is there, or it has other parameters.
+        RuntimeError: something else than the library's own function is there, or it has other parameters, or some that
+            are keyword-only, which this does not pass on.
     """
 
     def __init__(self, module: ModuleType, path: str, replacement: Callable) -> None:
@@ -46,6 +48,8 @@ class Redirection:
                 f"detops.compat: {self._key} must be the function of its library, got {function!r}: "
                 "something else has replaced or wrapped it"
             )
+        if function.__code__.co_kwonlyargcount:
+            raise RuntimeError(f"detops.compat: {self._key} must have no keyword-only parameters, got some")
         names, ours = _parameters(function.__code__), _parameters(replacement.__code__)[1:]
         if names != ours:
             raise RuntimeError(
@@ -60,17 +64,29 @@ class Redirection:
         original = FunctionType(self._code, function.__globals__, function.__name__, function.__defaults__)
         functools.update_wrapper(original, function)
         del original.__wrapped__
+        _parts[self._key] = self._replacement, original
         targets[self._key] = functools.partial(self._replacement, original)
         function.__wrapped__ = original  # where TorchScript finds the source
         function.__code__ = _code_calling(self._key, self._code.co_name, *_parameters(self._code))
 
     def stop(self) -> None:
+        """May be repeated, and follow a start that was interrupted."""
         self._function.__code__ = self._code
-        del self._function.__wrapped__
+        vars(self._function).pop("__wrapped__", None)
+
+
+def observe(make: Callable[[str, Callable, Callable], Callable]) -> None:
+    """For tests and benchmarks: what is redirected now calls `make(key, replacement, original)(*arguments)`.
+
+    That stands for `replacement(original, *arguments)`, which calls `original` for what it leaves to the other library.
+    It lasts until the redirection starts anew.
+    """
+    for key, parts in _parts.items():
+        targets[key] = make(key, *parts)
 
 
 def _parameters(code: CodeType) -> list[str]:
-    names = [*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]]
+    names = [*code.co_varnames[: code.co_argcount]]
     return names if not code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS) else [*names, "..."]
 
 

@@ -79,16 +79,32 @@ class Torchvision:
 
     def _switch(self, installed: bool, blocks: int) -> None:
         wanted = installed or blocks > 0
-        if wanted and not self._running:
+        if wanted and not (self._installed or self._blocks):
+            self._stop()  # what a stop that was interrupted has left
             redirections = _redirections()
-            for each in redirections:
-                each.start()
-            self._running = redirections
-        elif not wanted:
-            for each in self._running:
-                each.stop()
-            self._running = []
+            try:
+                for each in redirections:
+                    self._running.append(each)  # before it starts, which may be interrupted half-way
+                    each.start()
+            except BaseException:
+                self._stop()
+                raise
         self._installed, self._blocks = installed, blocks
+        if not wanted:
+            self._stop()
+
+    def _stop(self) -> None:
+        """All of them, also where one raises or is interrupted; that one stays, for the next switch."""
+        left, raised = [], None
+        for each in self._running:
+            try:
+                each.stop()
+            except BaseException as error:
+                left.append(each)
+                raised = error
+        self._running = left
+        if raised is not None:
+            raise raised
 
 
 torchvision = Torchvision()
