@@ -7,6 +7,7 @@ to 1e-5, boxes and keypoints to 1e-3 pixels, masks to 1e-4.
 
 import copy
 import inspect
+import math
 import pickle
 import subprocess
 import sys
@@ -206,6 +207,34 @@ def test_detections_have_gradients(torchvision, in_place, name):
     largest = max(each.abs().max().item() for each in expected)
     for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * largest)
+
+
+@pytest.mark.parametrize("threshold", [1e-6, 0.05, 0.5, 0.7311, 0.998, 1 - 1e-6])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_retinanet_finds_all_scores_above_the_threshold(torchvision, in_place, dtype, threshold):
+    """Among logits that are neighbours in their dtype, those of the threshold in the middle."""
+    # Positive numbers of a floating dtype are ordered as their bits are, and negative ones the other way round.
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    middle = torch.tensor(math.log(threshold / (1 - threshold))).to(dtype)
+    middle = middle if middle != 0 else torch.tensor(1e-3, dtype=dtype)
+    logits = (middle.view(bits) + torch.arange(-200, 201, dtype=bits)).view(dtype)[None, :, None]
+    places = torch.arange(401.0)[:, None] * 100
+    anchors = torch.cat((places, places, places + 20, places + 20), dim=1)
+    model = types.SimpleNamespace(
+        score_thresh=threshold,
+        topk_candidates=401,
+        nms_thresh=0.5,
+        detections_per_img=401,
+        box_coder=torchvision.models.detection._utils.BoxCoder((1.0, 1.0, 1.0, 1.0)),
+    )
+    outputs = {"cls_logits": [logits], "bbox_regression": [torch.zeros(1, 401, 4)]}
+    with in_place():
+        (found,) = torchvision.models.detection.RetinaNet.postprocess_detections(
+            model, outputs, [[anchors]], [(50000, 50000)]
+        )
+    scores = logits[0, :, 0].sigmoid()
+    expected = scores[scores > threshold].sort(descending=True).values
+    assert torch.equal(found["scores"], expected)
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)
@@ -452,6 +481,37 @@ class NmsAndRoIAlign(nn.Module):
         return torchvision.ops.roi_align(features, [boxes[keep]], 2), keep_in_groups
 
 
+FEATURES = torch.rand(1, 8, 16, 16, generator=torch.Generator().manual_seed(0))
+LONG = torch.cat((BOXES, BOXES), dim=1)
+OUT_OF_RANGE = {
+    "samples": lambda ops: ops.roi_align(FEATURES[:, :1], [BOXES[:1]], 1, 1.0, 5000),
+    "samples, position-sensitive": lambda ops: ops.ps_roi_align(FEATURES[:, :1], [BOXES[:1]], 1, 1.0, 5000),
+    "no bins": lambda ops: ops.roi_align(FEATURES, [BOXES], (0, 7)),
+    "no bins, maximum": lambda ops: ops.roi_pool(FEATURES, [BOXES], (7, 0)),
+    "three sizes": lambda ops: ops.ps_roi_pool(FEATURES, [BOXES], (2, 2, 2)),
+    **{
+        f"{name}, scale {scale}": lambda ops, name=name, scale=scale: getattr(ops, name)(FEATURES, [BOXES], 2, scale)
+        for name in ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool")
+        for scale in (0.0, -0.5)
+    },
+    **{
+        f"{name}, eps {eps}": lambda ops, name=name, eps=eps: getattr(ops, name)(BOXES, BOXES.flip(0), eps=eps)
+        for name in (f"{kind}_box_iou{loss}" for kind in ("distance", "complete") for loss in ("", "_loss"))
+        for eps in (-1.0, torch.tensor(0.1), float("nan"))
+    },
+    "generalized_box_iou_loss, eps": lambda ops: ops.generalized_box_iou_loss(BOXES, BOXES.flip(0), eps=-1.0),
+    "one box": lambda ops: ops.generalized_box_iou(BOXES[0], BOXES),
+    "gamma": lambda ops: ops.sigmoid_focal_loss(SCORES, SCORES, gamma=float("inf")),
+    "alpha": lambda ops: ops.sigmoid_focal_loss(SCORES, SCORES, alpha=torch.tensor(0.3)),
+    "long rows, area": lambda ops: ops.box_area(LONG),
+    "long rows, small": lambda ops: ops.remove_small_boxes(LONG, 9.5),
+    "long rows, clipped": lambda ops: ops.clip_boxes_to_image(LONG, (5, 6)),
+    "long rows, copied": lambda ops: ops.box_convert(LONG, "xyxy", "xyxy"),
+    "size": lambda ops: ops.clip_boxes_to_image(BOXES, (5, float("nan"))),
+    "no candidates": lambda ops: ops.batched_nms(torch.empty(0), torch.empty(0), torch.empty(0), 0.5),
+}
+
+
 class TestLeftToTorchvision:
     def test_transforms_of_torch_func(self, torchvision, in_place, spied):
         with in_place():
@@ -506,6 +566,35 @@ class TestLeftToTorchvision:
             results = [call() for call in calls]
         for result, other in zip(results, expected, strict=True):
             torch.testing.assert_close(result, other)
+
+    @pytest.mark.parametrize("call", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+    def test_arguments_out_of_the_range_of_detops(self, torchvision, in_place, call):
+        expected = call(torchvision.ops)
+        with in_place():
+            torch.testing.assert_close(call(torchvision.ops), expected, equal_nan=True)
+
+    def test_anchors_changed_in_inference_mode(self, torchvision, in_place):
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.image_list import ImageList
+
+        images, maps = ImageList(torch.zeros(1, 3, 64, 96), [(64, 90)]), [torch.zeros(1, 1, 4, 6)]
+        with torch.inference_mode(), in_place():
+            generator = AnchorGenerator(((16,),), ((1.0,),))
+            (before,) = generator(images, maps)
+            generator.cell_anchors[0].mul_(2)
+            (after,) = generator(images, maps)
+        assert not torch.equal(before, after)
+        assert torch.equal(after, generator(images, maps)[0])
+
+    def test_maps_finer_than_the_image(self, torchvision, in_place):
+        from torchvision.models.detection.anchor_utils import AnchorGenerator
+        from torchvision.models.detection.image_list import ImageList
+
+        images, maps = ImageList(torch.zeros(1, 3, 4, 4), [(4, 4)]), [torch.zeros(1, 1, 8, 8)]
+        generator = AnchorGenerator(((16,),), ((1.0,),))
+        expected = generator(images, maps)
+        with in_place():
+            assert torch.equal(generator(images, maps)[0], expected[0])
 
     def test_anchors_that_are_not_what_the_options_say(self, torchvision, in_place, spied):
         from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator

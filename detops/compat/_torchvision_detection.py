@@ -9,7 +9,7 @@ from torch import Tensor
 
 import detops
 
-from ._torchvision_ops import floating, instead_of, takes, takes_composed
+from ._torchvision_ops import floating, instead_of, takes, takes_composed, within
 
 _UTILS = "torchvision.models.detection._utils"
 _ANCHORS = "torchvision.models.detection.anchor_utils"
@@ -19,6 +19,7 @@ _ANCHORS = "torchvision.models.detection.anchor_utils"
 def _match(original, self, match_quality_matrix):
     qualities = match_quality_matrix
     served = takes(qualities) and floating(qualities) and qualities.ndim == 2 and qualities.numel() > 0
+    served = served and self.low_threshold <= self.high_threshold
     if not served or _has_own(self, original.__globals__["Matcher"], "set_low_quality_matches_"):
         return original(self, qualities)
     return detops.Matcher(self.high_threshold, self.low_threshold, self.allow_low_quality_matches)(qualities)
@@ -35,7 +36,7 @@ def _has_own(instance, base: type, *methods: str) -> bool:
 @instead_of(_UTILS, "BoxCoder.encode_single")
 def _encode_single(original, self, reference_boxes, proposals):
     if takes_composed(reference_boxes, proposals) and floating(reference_boxes, proposals) and _weighs(self):
-        if reference_boxes.shape == proposals.shape and reference_boxes.ndim == 2:
+        if reference_boxes.shape == proposals.shape == (len(proposals), 4):
             return detops.encode_boxes(reference_boxes, proposals, self.weights)
     return original(self, reference_boxes, proposals)
 
@@ -50,7 +51,11 @@ def _decode_single(original, self, rel_codes, boxes):
 
 
 def _weighs(coder) -> bool:
-    return len(coder.weights) == 4 and all(isinstance(w, int | float) and 0 < w < math.inf for w in coder.weights)
+    return (
+        len(coder.weights) == 4
+        and all(within(0, weight) and weight > 0 for weight in coder.weights)
+        and within(-math.inf, coder.bbox_xform_clip, math.inf)
+    )
 
 
 @instead_of(_ANCHORS, "AnchorGenerator.forward")
@@ -64,6 +69,9 @@ def _generate_anchors(original, self, image_list, feature_maps):
     generator = _agreeing(self, _anchor_generator, self.cell_anchors)
     if generator is None or len(feature_maps) != len(self.cell_anchors):
         return original(self, image_list, feature_maps)
+    height, width = image_list.tensors.shape[-2:]
+    if any(not 0 < h <= height or not 0 < w <= width for h, w in (each.shape[-2:] for each in feature_maps)):
+        return original(self, image_list, feature_maps)  # strides of 0
     return [each.clone() for each in generator(image_list, feature_maps)]
 
 
@@ -106,9 +114,10 @@ def _agreeing(generator, make: Callable, held: list[Tensor]):
     It may hold other anchors: it can be changed, and half precision once rounds them for good.
     """
     options = repr([getattr(generator, name, None) for name in ("sizes", "aspect_ratios", "scales", "steps", "clip")])
-    state = options, [(each, 0 if each.is_inference() else each._version) for each in held]
+    tracked = not any(each.is_inference() for each in held)  # others have no versions
+    state = options, [(each, each._version if tracked else 0) for each in held]
     known = _known_generators.get(generator)
-    if known is None or not _same_state(known[0], state):
+    if known is None or not tracked or not _same_state(known[0], state):
         try:
             ours, expected = make(generator)
         except ValueError:
@@ -140,17 +149,8 @@ def _postprocess_retinanet(original, self, head_outputs, anchors, image_shapes):
         or not 0 < self.score_thresh < 1
     ):
         return original(self, head_outputs, anchors, image_shapes)
-    # The best of each level, chosen by their logits: a little below the threshold, which then decides exactly.
-    threshold = math.log(self.score_thresh / (1 - self.score_thresh))
     best = [
-        detops.multiclass_nms(
-            level_deltas,
-            level_logits,
-            iou_threshold=1.0,  # suppresses nothing
-            score_threshold=threshold - 0.1 - 0.02 * abs(threshold),
-            max_detections=self.topk_candidates,
-            max_candidates=self.topk_candidates,
-        )
+        _best_of_level(level_deltas, level_logits, self.score_thresh, self.topk_candidates)
         for level_deltas, level_logits in zip(deltas, logits, strict=True)
     ]
     counts = torch.stack([level.counts for level in best]).tolist()
@@ -172,6 +172,27 @@ def _postprocess_retinanet(original, self, head_outputs, anchors, image_shapes):
         keep = detops.batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
         detections.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
     return detections
+
+
+def _best_of_level(deltas: Tensor, logits: Tensor, score_threshold: float, count: int) -> detops.Detections:
+    """The best candidates of each image, at most `count`: all whose score may be above the threshold, by their logits.
+
+    NMS that suppresses nothing. torch.topk would need the scores of all and a copy of those above the threshold, whose
+    number the host would have to ask for; this reads the logits once. Of the boxes only their number matters.
+    """
+    # A score above the threshold is computed in float32 at least, to 4 ulp, and rounding keeps the order: so sigmoid(x)
+    # is at least this, and x its logit. Results are those above it strictly, once it is rounded to the logits' dtype,
+    # so it is lowered by more than one step of that.
+    least = score_threshold * (1 - 2**-21)
+    logit = math.log(least / (1 - least))
+    return detops.multiclass_nms(
+        deltas,
+        logits,
+        iou_threshold=1.0,
+        score_threshold=logit - torch.finfo(logits.dtype).eps * (1 + abs(logit)),
+        max_detections=count,
+        max_candidates=count,
+    )
 
 
 @instead_of("torchvision.models.detection.ssd", "SSD.postprocess_detections")
@@ -202,4 +223,8 @@ def _postprocess_ssd(original, self, head_outputs, image_anchors, image_shapes):
 
 def _limits_are_plain(model) -> bool:
     limits = model.topk_candidates, model.detections_per_img
-    return model.nms_thresh >= 0 and all(isinstance(limit, int) and limit >= 0 for limit in limits)
+    return (
+        within(0, model.nms_thresh, math.inf)
+        and within(-math.inf, model.score_thresh, math.inf)
+        and all(isinstance(limit, int) and limit >= 0 for limit in limits)
+    )

@@ -60,16 +60,26 @@ def floating(*tensors: Tensor) -> bool:
     return all(each.is_floating_point() for each in tensors)
 
 
+def within(least: float, number, largest: float = torch.finfo(torch.float32).max) -> bool:
+    """Whether an option is a plain number, and not a tensor, of what detops takes."""
+    return isinstance(number, int | float) and least <= number <= largest
+
+
+def _of_four(boxes: Tensor) -> bool:
+    """torchvision reads boxes from longer rows too."""
+    return boxes.ndim > 0 and boxes.shape[-1] == 4
+
+
 @instead_of(BOXES, "nms")
 def _nms(original, boxes, scores, iou_threshold):
-    if takes(boxes, scores) and iou_threshold >= 0:
+    if takes(boxes, scores) and within(0, iou_threshold, math.inf):
         return detops.nms(boxes, scores, iou_threshold)
     return original(boxes, scores, iou_threshold)
 
 
 @instead_of(BOXES, "batched_nms")
 def _batched_nms(original, boxes, scores, idxs, iou_threshold):
-    if not takes(boxes, scores, idxs) or not iou_threshold >= 0:
+    if not takes(boxes, scores, idxs) or boxes.ndim != 2 or not within(0, iou_threshold, math.inf):
         return original(boxes, scores, idxs, iou_threshold)
     if idxs.is_floating_point():
         idxs = idxs.unique(return_inverse=True)[1]
@@ -92,28 +102,29 @@ def _in_torchs_order(keep: Tensor, scores: Tensor) -> Tensor:
 
 @instead_of(BOXES, "remove_small_boxes")
 def _remove_small_boxes(original, boxes, min_size):
-    if takes_composed(boxes) and boxes.ndim == 2 and min_size == min_size:
+    if takes_composed(boxes) and boxes.ndim == 2 and _of_four(boxes) and within(-math.inf, min_size, math.inf):
         return detops.remove_small_boxes(boxes, min_size)
     return original(boxes, min_size)
 
 
 @instead_of(BOXES, "clip_boxes_to_image")
 def _clip_boxes_to_image(original, boxes, size):
-    if takes_composed(boxes) and floating(boxes) and len(size) == 2 and min(size) >= 0:
+    served = takes_composed(boxes) and floating(boxes) and _of_four(boxes)
+    if served and len(size) == 2 and all(side >= 0 for side in size):
         return detops.clip_boxes_to_image(boxes, size)
     return original(boxes, size)
 
 
 @instead_of(BOXES, "box_convert")
 def _box_convert(original, boxes, in_fmt, out_fmt):
-    if takes_composed(boxes) and floating(boxes):
+    if takes_composed(boxes) and floating(boxes) and in_fmt != out_fmt:
         return detops.box_convert(boxes, in_fmt, out_fmt)
     return original(boxes, in_fmt, out_fmt)
 
 
 @instead_of(BOXES, "box_area")
 def _box_area(original, boxes, fmt):
-    if takes_composed(boxes) and floating(boxes):
+    if takes_composed(boxes) and floating(boxes) and _of_four(boxes):
         return detops.box_area(boxes, fmt)
     return original(boxes, fmt)
 
@@ -125,37 +136,41 @@ def _masks_to_boxes(original, masks):
     return original(masks)
 
 
+def _takes_pairs(boxes1, boxes2, eps=0.0) -> bool:
+    return takes_composed(boxes1, boxes2) and boxes1.ndim > 1 and within(0, eps)
+
+
 @instead_of(BOXES, "box_iou")
 def _box_iou(original, boxes1, boxes2, fmt):
-    if takes_composed(boxes1, boxes2) and fmt in ("xyxy", "xywh", "cxcywh"):
+    if _takes_pairs(boxes1, boxes2) and fmt in ("xyxy", "xywh", "cxcywh"):
         return detops.box_iou(boxes1, boxes2, fmt)
     return original(boxes1, boxes2, fmt)
 
 
 @instead_of(BOXES, "generalized_box_iou")
 def _generalized_box_iou(original, boxes1, boxes2):
-    if takes_composed(boxes1, boxes2):
+    if _takes_pairs(boxes1, boxes2):
         return detops.generalized_box_iou(boxes1, boxes2)
     return original(boxes1, boxes2)
 
 
 @instead_of(BOXES, "distance_box_iou")
 def _distance_box_iou(original, boxes1, boxes2, eps):
-    if takes_composed(boxes1, boxes2):
+    if _takes_pairs(boxes1, boxes2, eps):
         return detops.distance_box_iou(boxes1, boxes2, eps)
     return original(boxes1, boxes2, eps)
 
 
 @instead_of(BOXES, "complete_box_iou")
 def _complete_box_iou(original, boxes1, boxes2, eps):
-    if takes_composed(boxes1, boxes2):
+    if _takes_pairs(boxes1, boxes2, eps):
         return detops.complete_box_iou(boxes1, boxes2, eps)
     return original(boxes1, boxes2, eps)
 
 
 def _iou_loss(name: str):
     def loss(original, boxes1, boxes2, reduction, eps):
-        if takes_composed(boxes1, boxes2) and boxes1.shape == boxes2.shape:
+        if takes_composed(boxes1, boxes2) and boxes1.shape == boxes2.shape and within(0, eps):
             return getattr(detops, name)(boxes1, boxes2, reduction, eps)
         return original(boxes1, boxes2, reduction, eps)
 
@@ -170,43 +185,56 @@ for _file, _name in (("giou", "generalized"), ("diou", "distance"), ("ciou", "co
 @instead_of("torchvision.ops.focal_loss", "sigmoid_focal_loss")
 def _sigmoid_focal_loss(original, inputs, targets, alpha, gamma, reduction):
     # With gamma 0 it is torch's cross-entropy, and stays that to the last bit.
-    served = takes_composed(inputs, targets) and floating(inputs, targets) and gamma > 0
+    plain = within(0, gamma) and gamma > 0 and isinstance(alpha, int | float)
+    served = plain and takes_composed(inputs, targets) and floating(inputs, targets)
     if served and inputs.shape == targets.shape and not targets.requires_grad:
         return detops.sigmoid_focal_loss(inputs, targets, alpha, gamma, reduction)
     return original(inputs, targets, alpha, gamma, reduction)
 
 
-def _takes_rois(input, boxes) -> bool:
-    return takes(input, *(boxes if isinstance(boxes, list | tuple) else (boxes,)))
+def _takes_rois(input, boxes, output_size, spatial_scale, sampling_ratio=-1, fewest_bins=1) -> bool:
+    tensors = input, *(boxes if isinstance(boxes, list | tuple) else (boxes,))
+    return takes(*tensors) and _takes_bins(output_size, sampling_ratio, fewest_bins) and _is_scale(spatial_scale)
+
+
+def _takes_bins(output_size, sampling_ratio, fewest=1) -> bool:
+    sizes = output_size if isinstance(output_size, list | tuple) else (output_size, output_size)
+    plain = len(sizes) == 2 and all(isinstance(size, int | torch.SymInt) and size >= fewest for size in sizes)
+    return plain and sampling_ratio <= 4096
+
+
+def _is_scale(scale) -> bool:
+    return within(0, scale) and scale > 0
 
 
 @instead_of("torchvision.ops.roi_align", "roi_align")
 def _roi_align(original, input, boxes, output_size, spatial_scale, sampling_ratio, aligned):
-    run = detops.roi_align if _takes_rois(input, boxes) else original
+    run = detops.roi_align if _takes_rois(input, boxes, output_size, spatial_scale, sampling_ratio) else original
     return run(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
 
 
 @instead_of("torchvision.ops.roi_pool", "roi_pool")
 def _roi_pool(original, input, boxes, output_size, spatial_scale):
-    run = detops.roi_pool if _takes_rois(input, boxes) else original
+    run = detops.roi_pool if _takes_rois(input, boxes, output_size, spatial_scale) else original
     return run(input, boxes, output_size, spatial_scale)
 
 
+# The position-sensitive ops of torchvision end the process where there are no bins, by dividing by 0: detops raises.
 @instead_of("torchvision.ops.ps_roi_align", "ps_roi_align")
 def _ps_roi_align(original, input, boxes, output_size, spatial_scale, sampling_ratio):
-    run = detops.ps_roi_align if _takes_rois(input, boxes) else original
+    run = detops.ps_roi_align if _takes_rois(input, boxes, output_size, spatial_scale, sampling_ratio, 0) else original
     return run(input, boxes, output_size, spatial_scale, sampling_ratio)
 
 
 @instead_of("torchvision.ops.ps_roi_pool", "ps_roi_pool")
 def _ps_roi_pool(original, input, boxes, output_size, spatial_scale):
-    run = detops.ps_roi_pool if _takes_rois(input, boxes) else original
+    run = detops.ps_roi_pool if _takes_rois(input, boxes, output_size, spatial_scale, fewest_bins=0) else original
     return run(input, boxes, output_size, spatial_scale)
 
 
 @instead_of("torchvision.ops.poolers", "_multiscale_roi_align")
 def _multiscale_roi_align(original, x_filtered, boxes, output_size, sampling_ratio, scales, mapper):
-    if not _is_pyramid(x_filtered, boxes, scales, mapper):
+    if not _takes_bins(output_size, sampling_ratio) or not _is_pyramid(x_filtered, boxes, scales, mapper):
         return original(x_filtered, boxes, output_size, sampling_ratio, scales, mapper)
     return detops.multi_scale_roi_align(
         x_filtered,
@@ -222,6 +250,8 @@ def _multiscale_roi_align(original, x_filtered, boxes, output_size, sampling_rat
 def _is_pyramid(maps, boxes, scales, mapper) -> bool:
     """Whether the levels are those of detops: each half of the one before, and of one kind."""
     if not scales or mapper is None or not 2 <= len(maps) <= 8 or not boxes or not takes(*maps, *boxes):
+        return False
+    if not all(map(_is_scale, (*scales, mapper.s0))) or not isinstance(mapper.lvl0, int):
         return False
     levels = [-math.log2(scale) for scale in scales]
     return (
