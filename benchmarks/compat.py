@@ -1,11 +1,9 @@
 """torchvision's models end to end, with detops in torchvision's place and without.
 
-`python benchmarks/compat.py` prints which share of a training step of Faster R-CNN the ops took, before and after: the
-time inside the functions that detops replaces, and that of their backward kernels, as torch's profiler counts it.
+Of a training step of Faster R-CNN it is measured too which share of it the ops take, before and after.
 """
 
 import functools
-import sys
 import time
 from collections import OrderedDict
 from types import SimpleNamespace
@@ -15,6 +13,7 @@ import torch
 from torch import nn
 
 import detops
+from detops.compat import _redirect
 
 
 def cases(device: str, quick: bool):
@@ -29,6 +28,7 @@ def cases(device: str, quick: bool):
         same=close,
         asked="faster",
         prediction="the backbone's time, and that of the ops as their families predict it",
+        shares=step.shares_of_ops,
     )
     for process in (RetinaNetDetections(device, quick), SSDDetections(device, quick)):
         yield harness.Case(
@@ -94,6 +94,9 @@ class FasterRCNNStep:
         losses = self.model(list(images), targets)
         sum(losses.values()).backward()
         return [loss.detach() for loss in losses.values()]
+
+    def shares_of_ops(self, *inputs):
+        return {name: share_of_ops(self.run, inputs, name == "torchvision") for name in ("torchvision", "detops")}
 
 
 class Detections:
@@ -192,54 +195,64 @@ class SSDDetections(Detections):
         return self.model.postprocess_detections(outputs, [self.anchors] * self.images, [(300, 300)] * self.images)
 
 
-def print_shares(device: str, quick: bool) -> None:
-    step = FasterRCNNStep(device, quick)
-    inputs = step.inputs()
-    print(step.name)
-    for name, left in (("torchvision", True), ("detops", False)):
-        with detops.compat.torchvision():
-            clock = Clock(left)
-            step.run(*inputs)
-            samples = []
-            for _ in range(3):
-                clock.seconds = 0.0
-                start = time.perf_counter()
-                step.run(*inputs)
-                samples.append((time.perf_counter() - start, clock.seconds))
-            with torch.profiler.profile() as profile:
-                step.run(*inputs)
-        total, forward = sorted(samples)[1]
-        kernels = [each for each in profile.key_averages() if each.key.startswith(("torchvision::", "detops::"))]
-        backward = sum(each.self_cpu_time_total for each in kernels if "backward" in each.key) / 1e6
-        print(
-            f"  {name}: {total:.3g} s, of which the ops took {forward:.3g} s forward and {backward:.3g} s backward: "
-            f"{(forward + backward) / total:.1%}"
-        )
+def share_of_ops(run, inputs, originals: bool) -> float:
+    """The part of a run that the functions take which detops replaces, and the backward kernels of theirs.
+
+    On a GPU this waits for it before and after each function, so that a function's time is that of its kernels and
+    launches; the step that it is compared with then waits too. Not counted is the backward of what torchvision composes
+    of torch's ops (IoUs, losses, coders): its kernels are torch's. So the share of torchvision is a lower bound.
+    """
+    with detops.compat.torchvision():
+        clock = Clock(inputs[0].is_cuda, originals)
+        harness.timed(run, *inputs)
+        samples = []
+        for _ in range(3):
+            clock.seconds = 0.0
+            _, total = harness.timed(run, *inputs)
+            samples.append((total, clock.seconds))
+        with torch.profiler.profile() as profile:
+            harness.timed(run, *inputs)
+    total, forward = sorted(samples)[1]
+    return (forward + backward_seconds(profile, inputs[0].is_cuda)) / total
+
+
+def backward_seconds(profile, on_gpu: bool) -> float:
+    """Of the backward ops of both libraries; on a GPU that of their kernels, which their launches hide behind."""
+    ops = [
+        each
+        for each in profile.key_averages()
+        if each.device_type == torch.autograd.DeviceType.CPU  # the ops, which hold the time of their kernels
+        and each.key.startswith(("torchvision::", "detops::"))
+        and "backward" in each.key
+    ]
+    return sum(each.self_device_time_total if on_gpu else each.self_cpu_time_total for each in ops) / 1e6
 
 
 class Clock:
     """Counts the seconds inside redirected functions, of detops or of the originals, the outermost ones."""
 
-    def __init__(self, originals: bool):
-        from detops.compat import _redirect
-
-        self.seconds, self.inside = 0.0, False
-        for key, target in _redirect.targets.items():
-            _redirect.targets[key] = self.timed(target.args[0] if originals else target)
+    def __init__(self, on_gpu: bool, originals: bool):
+        self.seconds, self.inside, self.on_gpu = 0.0, False, on_gpu
+        _redirect.observe(
+            lambda _, replacement, original: self.timed(
+                original if originals else functools.partial(replacement, original)
+            )
+        )
 
     def timed(self, function):
         def run(*args):
             if self.inside:
                 return function(*args)
-            self.inside, start = True, time.perf_counter()
+            self.inside, start = True, self.now()
             try:
                 return function(*args)
             finally:
                 self.inside = False
-                self.seconds += time.perf_counter() - start
+                self.seconds += self.now() - start
 
         return run
 
-
-if __name__ == "__main__":
-    print_shares("cuda" if torch.cuda.is_available() else "cpu", "--quick" in sys.argv)
+    def now(self) -> float:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -55,6 +55,8 @@ class Case:
     measure_memory: bool = False  # on the CPU this costs a fresh process; on a GPU memory is always measured
     asked: str = ""  # what the project asks for, printed beside what was measured
     prediction: str = ""  # bytes, launches and microseconds expected on an H200
+    # (*inputs) -> which share of the time of detops and of peers goes to the ops, where a case is more than these
+    shares: Callable[..., dict[str, float]] | None = None
 
 
 class WrongResult(Exception):
@@ -216,6 +218,7 @@ def measure(case: Case, family: str, device: str, quick: bool, budget: float) ->
         "bytes": moved,
         "gb_per_s": moved / ours.median / 1e9,
         "peak_extra_bytes": memory,
+        "shares": case.shares(*inputs) if case.shares else {},
     }
 
 

@@ -36,6 +36,13 @@ def cells(measured: dict, peers: list[str], copy_gb_per_s: float) -> list[str]:
     ]
 
 
+def shares_text(measured: dict) -> str:
+    """Which share of a case's time goes to the ops; empty where that was not measured."""
+    shares = measured["shares"]
+    parts = ", ".join(f"{share:.1%} with {name}" for name, share in shares.items())
+    return f"{measured['name']}: the ops take {parts}" if shares else ""
+
+
 def versions_text(versions: dict) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str))
 
@@ -67,6 +74,11 @@ def write_page(report: dict, path: Path) -> None:
         rows = [header(peers), ["---"] * len(header(peers))]
         rows += [cells(case, peers, report["copy_gb_per_s"]) for case in cases]
         lines += [f"| {' | '.join(row)} |" for row in rows] + [""]
+        if texts := [text for case in cases if (text := shares_text(case))]:
+            lines += [
+                f"{'. '.join(texts)}. Not counted is the backward of what torchvision composes of torch's ops.",
+                "",
+            ]
     path.write_text("\n".join(lines))
 
 

@@ -82,7 +82,9 @@ def main() -> int:
             except harness.WrongResult as wrong:
                 print(f"WRONG RESULT  {wrong}", file=sys.stderr)
                 return 1
-            (bar.write if bar else print)(table.row(measured[-1]))
+            for line in (table.row(measured[-1]), report.shares_text(measured[-1])):
+                if line:
+                    (bar.write if bar else print)(line)
             if bar:
                 bar.update()
     if any(not peer["agrees"] for case in measured for peer in case["peers"].values()):
