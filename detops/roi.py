@@ -17,6 +17,7 @@ All functions share these rules, on every device:
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.fx
@@ -155,7 +156,7 @@ def multi_scale_roi_align(
         features: 1 to 8 maps [N, C, H, W] of one dtype, from fine to coarse.
         boxes: as of `roi_align`.
         output_size: as of `roi_align`.
-        spatial_scales: that of each map, each half of the one before.
+        spatial_scales: that of each map: powers of two, each half of the one before, or any number of one map alone.
         sampling_ratio: as of `roi_align`.
         aligned: as of `roi_align`.
         canonical_scale: the side of a box that belongs to `canonical_level`.
@@ -167,7 +168,8 @@ def multi_scale_roi_align(
     Gradient: to `features`; twice differentiable.
 
     Raises:
-        ValueError: `output_size`, a spatial scale or `canonical_scale` is not positive.
+        ValueError: `output_size`, a spatial scale or `canonical_scale` is not positive, or the scales of several maps
+            are not as above.
         BoxFormatError: `boxes` is none of the above.
         RuntimeError: wrong shapes, dtypes or devices, maps that differ in N, C or dtype, or a batch index out of range
             (on the CPU).
@@ -182,9 +184,27 @@ def multi_scale_roi_align(
     by itself.
     """
     op = "multi_scale_roi_align"
-    bins_y, bins_x = _pair(op, output_size)
     for scale in spatial_scales:
         _check_scale(op, "spatial_scales", scale)
+    for scale, next_scale in pairwise(spatial_scales):
+        if next_scale != scale / 2 or not math.log2(scale).is_integer():
+            raise ValueError(
+                f"{op}: spatial_scales must be powers of two, each half of the one before, got {list(spatial_scales)}"
+            )
+    return pool_levels(
+        features, boxes, output_size, spatial_scales, sampling_ratio, aligned, canonical_scale, canonical_level
+    )
+
+
+def pool_levels(
+    features, boxes, output_size, spatial_scales, sampling_ratio, aligned, canonical_scale, canonical_level
+) -> Tensor:
+    """`multi_scale_roi_align` of maps of which the i-th is that of the i-th level, whatever its scale.
+
+    There are as many levels as there are octaves from the first scale to the last: maps beyond them go unused.
+    """
+    op = "multi_scale_roi_align"
+    bins_y, bins_x = _pair(op, output_size)
     _check_scale(op, "canonical_scale", canonical_scale)
     _check_samples(op, sampling_ratio)
     if not features:

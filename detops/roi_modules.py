@@ -5,7 +5,7 @@ import math
 import torch.fx
 from torch import Tensor, nn
 
-from .roi import multi_scale_roi_align, roi_align
+from .roi import pool_levels, roi_align
 from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
 
 
@@ -94,7 +94,7 @@ class MultiScaleRoIAlign(_RoIModule):
     [K, C, height, width]. The scale of a map is the power of two next to its height by the largest image's.
 
     Raises:
-        ValueError: there is no image, or no map of these names.
+        ValueError: there is no image, no map of these names, or a step between the maps is not a half.
 
     Example:
         >>> pool = MultiScaleRoIAlign(["fine", "coarse"], output_size=7, sampling_ratio=2)
@@ -146,12 +146,21 @@ def _pool_pyramid(
     if not image_shapes:
         raise ValueError("MultiScaleRoIAlign: image_shapes must name at least one image, got none")
     height = max(shape[0] for shape in image_shapes)
-    return multi_scale_roi_align(
+    octaves = [round(math.log2(map.shape[-2] / height)) for map in maps]
+    # In maps of few pixels rounding hides a step, and torchvision leaves the last of them unused. With more levels than
+    # maps, or none, it returns zeros.
+    if not 0 <= octaves[0] - octaves[-1] < len(maps):
+        raise ValueError(
+            f"MultiScaleRoIAlign: the maps must each be half as high as the one before, got heights "
+            f"{[map.shape[-2] for map in maps]} for images of {height}"
+        )
+    return pool_levels(
         maps,
         boxes,
         output_size,
-        spatial_scales=[2.0 ** round(math.log2(map.shape[-2] / height)) for map in maps],
-        sampling_ratio=sampling_ratio,
-        canonical_scale=canonical_scale,
-        canonical_level=canonical_level,
+        [2.0**octave for octave in octaves],
+        sampling_ratio,
+        False,
+        canonical_scale,
+        canonical_level,
     )

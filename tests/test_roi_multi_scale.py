@@ -81,11 +81,12 @@ def test_levels_on_their_thresholds(device):
         np.testing.assert_array_equal(to_numpy(got.flatten()), expected)
 
 
-def test_one_level_is_roi_align(device, layout):
+@pytest.mark.parametrize("scale", [0.25, 0.3])
+def test_one_level_is_roi_align(device, layout, scale):
     features = pyramid(layout=layout, device=device.torch)[:1]
     boxes = device.put(rois_of_all_sizes(20))
-    got = detops.multi_scale_roi_align(features, boxes, 2, spatial_scales=[0.25])
-    assert torch.equal(got, detops.roi_align(features[0], boxes, 2, 0.25))
+    got = detops.multi_scale_roi_align(features, boxes, 2, spatial_scales=[scale])
+    assert torch.equal(got, detops.roi_align(features[0], boxes, 2, scale))
 
 
 def test_maps_of_two_formats_follow_the_first(device):
@@ -121,12 +122,16 @@ def test_errors(device):
     with pytest.raises(RuntimeError, match=name + r"features must have one dtype, got float32 and float64$"):
         pool([features[0], features[1].double(), features[2]], boxes)
     with pytest.raises(RuntimeError, match=name + r"features must be 1 to 8 maps, got 9$"):
-        detops.multi_scale_roi_align([features[0]] * 9, boxes, 2, spatial_scales=[0.5] * 9)
+        detops.multi_scale_roi_align([features[0]] * 9, boxes, 2, spatial_scales=[0.5**i for i in range(9)])
     with pytest.raises(ValueError, match=name + r"features must be 1 to 8 maps, got none$"):
         detops.multi_scale_roi_align([], boxes, 2, spatial_scales=[])
     for scale in (0, -0.5, np.nan):
         with pytest.raises(ValueError, match=name + r"spatial_scales must be positive and finite, got "):
             detops.multi_scale_roi_align(features, boxes, 2, spatial_scales=[0.5, scale, 0.25])
+    rule = r"spatial_scales must be powers of two, each half of the one before, got \[0\."
+    for scales in ([1 / 4, 1 / 16], [0.3, 0.15], [1 / 4, 1 / 4], [1 / 8, 1 / 4], [1 / 4, 0.124]):
+        with pytest.raises(ValueError, match=name + rule):
+            detops.multi_scale_roi_align(features[:2], boxes, 2, spatial_scales=scales)
 
 
 def test_opcheck(device, layout):
@@ -210,6 +215,36 @@ def test_multi_scale_module_equals_torchvision(torchvision, device, layout, rati
         torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-6 * max(1, theirs.abs().max().item()))
 
 
+@pytest.mark.parametrize("heights", [(10, 5, 3, 2), (5, 3, 2, 1), (10, 10), (10, 5, 10)])
+def test_multi_scale_module_with_rounded_scales_equals_torchvision(torchvision, device, heights):
+    # The heights of small maps, rounded up, give scales that are not halves: of 40 pixels, 1/4, 1/8, 1/16 and 1/16.
+    # torchvision then has fewer levels than maps.
+    image = {10: 40, 5: 17}[heights[0]]
+    names = [str(i) for i in range(len(heights))]
+    rows = random_rois(60, 1, image, image)
+    results = []
+    for module, where in ((detops, device.torch), (torchvision.ops, "cpu")):
+        features = [random_map((1, 3, h, h), seed=i).requires_grad_() for i, h in enumerate(heights)]
+        moved = {name: map.to(where) for name, map in zip(names, features, strict=True)}
+        boxes = [torch.from_numpy(rows[:, 1:]).float().to(where)]
+        pool = module.MultiScaleRoIAlign(names, 3, 2, canonical_scale=image // 2, canonical_level=3)
+        got = pool(moved, boxes, [(image, image)]).cpu()
+        results.append((got, *torch.autograd.grad(got, features, random_map(got.shape, seed=4))))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-6 * max(1, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("heights", [(20, 5), (10, 20), (20, 10, 2)])
+def test_multi_scale_module_without_a_map_for_each_level(device, heights):
+    # torchvision returns zeros for the RoIs of the levels in between.
+    maps = {str(i): torch.ones(1, 1, h, h, device=device.torch) for i, h in enumerate(heights)}
+    message = (
+        r"^MultiScaleRoIAlign: the maps must each be half as high as the one before, got heights \[.*for images of 80"
+    )
+    with pytest.raises(ValueError, match=message):
+        detops.MultiScaleRoIAlign(list(maps), 2, 2)(maps, [device.put([[0.0, 0, 9, 9]])], [(80, 80)])
+
+
 @pytest.mark.needs_compiler
 def test_compile_and_export(layout):
     module = detops.MultiScaleRoIAlign(["0", "1", "2"], 3, 2, canonical_scale=40)
@@ -232,3 +267,10 @@ def test_compile_and_export(layout):
 
     program = torch.export.export(Module(), tuple(map.detach() for map in features))
     assert torch.equal(program.module()(*features), expected)
+
+
+@pytest.mark.needs_compiler
+def test_compile_of_the_function():
+    features = pyramid()
+    boxes = torch.from_numpy(rois_of_all_sizes(12)).float()
+    assert torch.equal(torch.compile(pool, fullgraph=True)(features, boxes), pool(features, boxes))

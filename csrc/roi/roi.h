@@ -256,7 +256,7 @@ struct RoiMaps {
   int count;
   int images, channels;
   RoiLevel<T> levels[kMostLevels];
-  double least_area[kMostLevels];  // of the boxes of a level or of those behind it; levels 1 .. count-1
+  double least_area[kMostLevels];  // of the boxes of a level or of those behind it; levels 1 .. count-1; NaN: none is
 
   // The FPN paper's floor(canonical_level + log2(sqrt(area) / canonical_scale)), as a comparison of areas.
   DETOPS_HD int level_of(T area) const {

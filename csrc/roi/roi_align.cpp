@@ -2,6 +2,7 @@
 #include "roi/roi_align.h"
 
 #include <cmath>
+#include <limits>
 
 #include "roi/roi_align_cpu.h"
 
@@ -23,14 +24,15 @@ RoiTensors<T, V> roi_align_tensors(const Sizes& sizes, const Pyramid& pyramid, b
   maps.shape.count = static_cast<int>(pyramid.scales.size());
   maps.shape.images = static_cast<int>(sizes[0]);
   maps.shape.channels = static_cast<int>(sizes[1]);
-  const int first = static_cast<int>(-std::log2(pyramid.scales[0]));
+  const int first = static_cast<int>(-std::log2(pyramid.scales.front()));
+  const int last = static_cast<int>(-std::log2(pyramid.scales.back()));
   for (int i = 0; i < maps.shape.count; ++i) {
     maps.shape.levels[i] = {static_cast<int>(sizes[2 + 2 * i]), static_cast<int>(sizes[3 + 2 * i]),
                             static_cast<T>(pyramid.scales[i])};
     // log2(side / canonical_scale) + 1e-6 reaches the level: with torchvision's margin for rounding.
     const double octaves = static_cast<double>(first + i - pyramid.canonical_level) - 1e-6;
     const double side = pyramid.canonical_scale * std::exp2(octaves);
-    maps.shape.least_area[i] = side * side;
+    maps.shape.least_area[i] = first + i <= last ? side * side : std::numeric_limits<double>::quiet_NaN();
   }
   return maps;
 }

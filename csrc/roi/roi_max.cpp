@@ -117,8 +117,8 @@ DETOPS_HD void largest_of_eights(const S* const (&left)[kPlanes], int64_t width,
   }
 }
 
-// Of rows begin .. end-1 the largest value in each column of eight planes, and, where wanted, the first row that has it:
-// [columns, planes].
+// Of rows begin .. end-1 the largest value in each column of eight planes, and, where wanted, the first row that has
+// it: [columns, planes].
 template <bool kPositions, class S, class T>
 DETOPS_HD void largest_of_rows(const S* const (&left)[kPlanes], int64_t width, IndexRange range, int count,
                                T* __restrict__ values, T* __restrict__ rows) {
