@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import to_numpy
+from memory import peak_growth
 from reference import roi as reference
 from roi_inputs import LAYOUTS, edge_rois, random_map, random_rois, tolerance
 from test_roi_align import in_format_of
@@ -216,6 +217,50 @@ def test_rotated_by_quarter_turns(device, layout):
         got = detops.roi_align_rotated(torch.rot90(input, quarters, (2, 3)), box, (2, 3), 1.0, 2)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
         x, y = y, -x
+
+
+def test_rotated_with_bins_of_thousands_of_samples(device, layout):
+    # More than are listed at once, and more in all than are kept for the gradient.
+    input = random_map((2, 9, 6, 7), torch.float64, layout).to(device.torch).requires_grad_()
+    boxes = device.put([[1, 3, 3, 5, 4, 30], [0, 2, 4, 3, 3, -100], [1, 20, 20, 3, 3, 0]], torch.float64)
+    got = detops.roi_align_rotated(input, boxes, (2, 1), 1.0, 40)
+    values, rows = to_numpy(input.detach()), to_numpy(boxes)
+    np.testing.assert_allclose(
+        to_numpy(got), reference.roi_align_rotated(values, rows, (2, 1), 1.0, 40), rtol=0, atol=1e-12
+    )
+    weights = random_map(got.shape, torch.float64, seed=5)
+    (grad,) = torch.autograd.grad(got, input, weights.to(device.torch))
+    expected = reference.roi_align_rotated_gradient(to_numpy(weights), rows, input.shape, 1.0, 40)
+    np.testing.assert_allclose(to_numpy(grad), expected, rtol=0, atol=1e-12)
+
+
+HUGE = {  # (op, columns of its boxes, options)
+    "roi_align": ("roi_align", 5, "7, 1.0, {ratio}, True"),
+    "roi_align_max": ("roi_align", 5, "7, 1.0, {ratio}, True, mode='max'"),
+    "roi_align_rotated": ("roi_align_rotated", 6, "7, 1.0, {ratio}"),
+    "ps_roi_align": ("ps_roi_align", 5, "(2, 1), 1.0, {ratio}"),
+}
+PREPARE = """
+torch.manual_seed(0)
+torch.set_num_threads(2)
+input = torch.rand(1, 2, {size}, {size}, requires_grad=True)
+boxes = torch.tensor([[0, 9., 9, 90, 90, 30], [0, -5e3, -5e3, 5e3, 5e3, 45], [0, 90, 90, 300, 200, 1]]).repeat({k}, 1)
+boxes = boxes[:, :{columns}]
+def run(boxes, ratio):
+    out = detops.{op}(input, boxes, {options})
+    return out, torch.autograd.grad(out.sum(), input)[0]
+run(boxes[:1], 1)
+"""
+
+
+@pytest.mark.parametrize("op", HUGE)
+@pytest.mark.parametrize("ratio", [0, 256])
+def test_extra_memory_follows_input_and_output(op, ratio):
+    function, columns, options = HUGE[op]
+    count, size = (1, 64) if ratio else (33, 200)
+    prepare = PREPARE.format(size=size, k=count, columns=columns, op=function, options=options.format(ratio="ratio"))
+    # Lists of the samples of all RoIs are 95 MB and more.
+    assert peak_growth(prepare, f"run(boxes, {ratio})", "len(result)")[1] < 30e6
 
 
 def test_rotated_of_0_degrees_is_roi_align(device, layout):

@@ -1,51 +1,157 @@
 // roi_align_rotated and its gradient: schema, checks, and the CPU kernels. The pixels and weights of a RoI are listed
-// once and used for all channels.
+// once for many channels, but never all at once: a bin may have millions of them.
 #include "roi/roi_align_rotated.h"
 
+#include "roi/eight_cpu.h"
 #include "roi/roi_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int64_t kChannels = 64;  // that are added up together with channels_last
-constexpr int64_t kPlanes = 8;     // contiguous maps that are read together
+constexpr int64_t kBlock = 4096;            // taps that are listed at once
+constexpr int64_t kChannelsTogether = 64;   // that are added up together with channels_last
+constexpr int64_t kPlanesTogether = 8;      // contiguous maps that are read together
+constexpr int64_t kGradientsTogether = 16;  // channels whose gradients are added up together
 
-// The pixels that the bins of a RoI read, those of the samples of a bin one after another.
 template <class T>
-struct RotatedTaps {
-  struct Tap {
-    int64_t pixel;
-    T weight;
-  };
-  std::vector<Tap> taps;
-  std::vector<int64_t> ends;  // of each bin
-
-  void fill(const RotatedRoi<T>& roi) {
-    taps.clear();
-    ends.clear();
-    for (int p = 0; p < roi.v.bins; ++p) {
-      for (int q = 0; q < roi.u.bins; ++q) {
-        roi.for_each_sample(p, q, [&](const AxisSample<T>& y, const AxisSample<T>& x) {
-          for (int row = 0; row <= (y.fraction != T(0)); ++row) {
-            for (int column = 0; column <= (x.fraction != T(0)); ++column) {
-              const T y_weight = row ? y.fraction : T(1) - y.fraction;
-              const T x_weight = column ? x.fraction : T(1) - x.fraction;
-              taps.push_back({int64_t(y.low + row) * roi.width + x.low + column, roi.weight(y_weight * x_weight)});
-            }
-          }
-        });
-        ends.push_back(static_cast<int64_t>(taps.size()));
-      }
-    }
-  }
-
-  int64_t begin(int64_t bin) const { return bin > 0 ? ends[bin - 1] : 0; }
+struct PixelTap {
+  int64_t pixel;
+  T weight;
 };
 
-// sums[c] += weight * values[c]
+// Some of the pixels that a RoI reads, those of the samples of a bin one after another.
+template <class T>
+struct TapBlock {
+  int64_t first_bin;
+  bool resumes_first, cuts_last;  // bins that began in the block before, or end in the next one
+  std::vector<PixelTap<T>> taps;
+  std::vector<int64_t> ends;  // of the taps of each bin
+
+  void start(int64_t bin, bool resumes) {
+    first_bin = bin;
+    resumes_first = resumes;
+    taps.clear();
+    ends.clear();
+  }
+
+  const PixelTap<T>* begin(size_t i) const { return taps.data() + (i > 0 ? ends[i - 1] : 0); }
+  const PixelTap<T>* end(size_t i) const { return taps.data() + ends[i]; }
+};
+
+// Calls body() with the block filled anew, with up to `limit` taps, until all bins of the RoI have been in it.
+template <class T, class Body>
+void for_each_block(const RotatedRoi<T>& roi, TapBlock<T>& block, int64_t limit, const Body& body) {
+  block.start(0, false);
+  const auto finish = [&](bool cuts) {
+    block.cuts_last = cuts;
+    body();
+  };
+  for (int64_t p = 0, bin = 0; p < roi.v.bins; ++p) {
+    for (int64_t q = 0; q < roi.u.bins; ++q, ++bin) {
+      roi.for_each_sample(
+          static_cast<int>(p), static_cast<int>(q), [&](const AxisSample<T>& y, const AxisSample<T>& x) {
+            if (int64_t(block.taps.size()) + 4 > limit) {
+              block.ends.push_back(static_cast<int64_t>(block.taps.size()));
+              finish(true);
+              block.start(bin, true);
+            }
+            for (int row = 0; row <= (y.fraction != T(0)); ++row) {
+              for (int column = 0; column <= (x.fraction != T(0)); ++column) {
+                const T y_weight = row ? y.fraction : T(1) - y.fraction;
+                const T x_weight = column ? x.fraction : T(1) - x.fraction;
+                block.taps.push_back(
+                    {int64_t(y.low + row) * roi.width + x.low + column, roi.weight(y_weight * x_weight)});
+              }
+            }
+          });
+      block.ends.push_back(static_cast<int64_t>(block.taps.size()));
+    }
+  }
+  finish(false);
+}
+
+// At most this many.
+template <class T>
+int64_t most_taps(const RotatedRoi<T>& roi) {
+  double rows = 0, columns = 0;  // may exceed any integer
+  for (int p = 0; p < roi.v.bins; ++p) rows += static_cast<double>(roi.rows(p).count());
+  for (int q = 0; q < roi.u.bins; ++q) columns += static_cast<double>(roi.columns(q).count());
+  return static_cast<int64_t>(min_of(4 * rows * columns, 1e18));
+}
+
+// Adds what a bin reads in some times eight neighbouring channels, whose sums stay in registers.
+template <int kEights, class S, class T>
+DETOPS_HD void gather_eights(const S* map, int64_t column, const PixelTap<T>* tap, const PixelTap<T>* end, T* sums) {
+  Eight<T> added[kEights];
+  memcpy(added, sums, sizeof(added));
+  for (; tap != end; ++tap) {
+    const S* const pixel = map + tap->pixel * column;
+    for (int i = 0; i < kEights; ++i) {
+      Eight<T> values;
+      load_eight<S, T>(pixel + 8 * i, values);
+      added[i] += tap->weight * values;
+    }
+  }
+  memcpy(sums, added, sizeof(added));
+}
+
+// Adds what a bin reads in `kPlanes` planes.
+template <int kPlanes, class S, class T>
+DETOPS_HD void gather_planes(const S* map, int64_t plane, const PixelTap<T>* tap, const PixelTap<T>* end, T* sums) {
+  T added[kPlanes];
+  for (int c = 0; c < kPlanes; ++c) added[c] = sums[c];
+  for (; tap != end; ++tap) {
+    const S* const pixel = map + tap->pixel;
+    for (int c = 0; c < kPlanes; ++c) added[c] += tap->weight * static_cast<T>(pixel[c * plane]);
+  }
+  for (int c = 0; c < kPlanes; ++c) sums[c] = added[c];
+}
+
+// Adds what a bin reads to the sums of `count` channels.
 template <class S, class T>
-DETOPS_CLONES void add_channels(const S* values, T weight, int64_t count, T* __restrict__ sums) {
-  for (int64_t c = 0; c < count; ++c) sums[c] += weight * static_cast<T>(values[c]);
+DETOPS_CLONES void gather(const S* map, const MapStrides& strides, const PixelTap<T>* tap, const PixelTap<T>* end,
+                          int64_t count, T* sums) {
+  int64_t c = 0;
+  if (strides.channel == 1) {
+    for (; c + 64 <= count; c += 64) gather_eights<8>(map + c, strides.column, tap, end, sums + c);
+    for (; c + 16 <= count; c += 16) gather_eights<2>(map + c, strides.column, tap, end, sums + c);
+    for (; c + 8 <= count; c += 8) gather_eights<1>(map + c, strides.column, tap, end, sums + c);
+  } else {
+    for (; c + 8 <= count; c += 8) gather_planes<8>(map + c * strides.channel, strides.channel, tap, end, sums + c);
+  }
+  for (; c < count; ++c) {
+    T sum = sums[c];
+    for (const PixelTap<T>* i = tap; i != end; ++i) {
+      sum += i->weight * static_cast<T>(map[i->pixel * strides.column + c * strides.channel]);
+    }
+    sums[c] = sum;
+  }
+}
+
+// Adds the gradients of a bin's `count` channels to those of the pixels that it reads, [pixels, count].
+template <class T>
+DETOPS_CLONES void scatter(const T* values, const PixelTap<T>* tap, const PixelTap<T>* end, int64_t count,
+                           T* __restrict__ sums) {
+  if (count == kGradientsTogether) {
+    Eight<T> low, high;
+    load_eight<T, T>(values, low);
+    load_eight<T, T>(values + 8, high);
+    for (; tap != end; ++tap) {
+      T* const pixel = sums + tap->pixel * kGradientsTogether;
+      Eight<T> of_pixel;
+      load_eight<T, T>(pixel, of_pixel);
+      of_pixel += tap->weight * low;
+      memcpy(pixel, &of_pixel, sizeof(of_pixel));
+      load_eight<T, T>(pixel + 8, of_pixel);
+      of_pixel += tap->weight * high;
+      memcpy(pixel + 8, &of_pixel, sizeof(of_pixel));
+    }
+    return;
+  }
+  for (; tap != end; ++tap) {
+    T* const pixel = sums + tap->pixel * count;
+    for (int64_t c = 0; c < count; ++c) pixel[c] += tap->weight * values[c];
+  }
 }
 
 template <class S>
@@ -54,37 +160,59 @@ void roi_align_rotated_cpu(const RoiTensors<ComputeType<S>, const S>& map, const
   using T = ComputeType<S>;
   const int64_t bins = int64_t(options.bins_y) * options.bins_x, channels = map.shape.channels;
   const MapStrides strides(map.channels_last, map.shape.levels[0].height, map.shape.levels[0].width, channels);
+  const int64_t together = map.channels_last ? kChannelsTogether : kPlanesTogether;
   parallel_items(count, [&](const auto& next) {
-    RotatedTaps<T> taps;
-    T sums[kChannels];
+    TapBlock<T> block;
+    std::vector<T> cut(channels);  // sums of a bin that goes on in the next block
+    T sums[max_of(kChannelsTogether, kPlanesTogether)];
     for (int64_t roi = next(); roi >= 0; roi = next()) {
       const RotatedRoi<T> place = place_rotated(boxes + 6 * roi, map.shape, options);
-      taps.fill(place);
       const S* const image = map.image(0, max_of(place.image, 0));
       S* const result = out + roi * channels * bins;
-      const int64_t together = map.channels_last ? kChannels : kPlanes;
-      for (int64_t first = 0; first < channels; first += together) {
-        const int64_t used = min_of(together, channels - first);
-        for (int64_t bin = 0; bin < bins; ++bin) {
-          std::fill_n(sums, used, T(0));
-          for (int64_t i = taps.begin(bin); i < taps.ends[bin]; ++i) {
-            const auto& tap = taps.taps[i];
-            const S* const pixel = image + tap.pixel * strides.column + first * strides.channel;
-            if (map.channels_last) {
-              add_channels(pixel, tap.weight, used, sums);
+      for_each_block(place, block, kBlock, [&] {
+        for (int64_t first = 0; first < channels; first += together) {
+          const int64_t used = min_of(together, channels - first);
+          for (size_t i = 0; i < block.ends.size(); ++i) {
+            if (i == 0 && block.resumes_first) {
+              std::copy_n(cut.data() + first, used, sums);
             } else {
-              for (int64_t c = 0; c < used; ++c) {
-                sums[c] += tap.weight * static_cast<T>(pixel[c * strides.channel]);
-              }
+              std::fill_n(sums, used, T(0));
+            }
+            gather(image + first * strides.channel, strides, block.begin(i), block.end(i), used, sums);
+            if (i + 1 == block.ends.size() && block.cuts_last) {
+              std::copy_n(sums, used, cut.data() + first);
+              continue;
+            }
+            const int64_t bin = block.first_bin + static_cast<int64_t>(i);
+            for (int64_t c = 0; c < used; ++c) {
+              result[bin_offset(map.channels_last, first + c, bin, channels, bins)] = static_cast<S>(sums[c]);
             }
           }
-          for (int64_t c = 0; c < used; ++c) {
-            result[bin_offset(map.channels_last, first + c, bin, channels, bins)] = static_cast<S>(sums[c]);
-          }
         }
-      }
+      });
     }
   });
+}
+
+// The taps of the first RoIs, as many as take about the memory of the maps; no bins for the others, whose taps each
+// part lists anew.
+template <class T>
+std::vector<TapBlock<T>> keep_taps(const T* boxes, int64_t count, const RoiMaps<T>& maps, const RoiOptions& options) {
+  std::vector<int64_t> most(count);
+  parallel_ranges(count, 1, [&](int64_t first, int64_t last) {
+    for (int64_t roi = first; roi < last; ++roi) most[roi] = most_taps(place_rotated(boxes + 6 * roi, maps, options));
+  });
+  const int64_t elements = int64_t(maps.images) * maps.channels * maps.levels[0].height * maps.levels[0].width;
+  int64_t room = elements / 4, used = 0;
+  while (used < count && most[used] <= room) room -= most[used++];
+  std::vector<TapBlock<T>> kept(count);
+  parallel_items(used, [&](const auto& next) {
+    for (int64_t roi = next(); roi >= 0; roi = next()) {
+      kept[roi].taps.reserve(most[roi]);
+      for_each_block(place_rotated(boxes + 6 * roi, maps, options), kept[roi], most[roi] + 4, [] {});
+    }
+  });
+  return kept;
 }
 
 // Parts are some channels of an image, each written by one thread, all RoIs in the order of the list.
@@ -95,31 +223,34 @@ void roi_align_rotated_backward_cpu(const S* grad, const ComputeType<S>* boxes, 
   const int64_t bins = int64_t(options.bins_y) * options.bins_x, channels = out.shape.channels;
   const int64_t pixels = out.pixels(0);
   const MapStrides strides(out.channels_last, out.shape.levels[0].height, out.shape.levels[0].width, channels);
-  std::vector<RotatedTaps<T>> taps(count);
-  parallel_items(count, [&](const auto& next) {
-    for (int64_t roi = next(); roi >= 0; roi = next()) {
-      taps[roi].fill(place_rotated(boxes + 6 * roi, out.shape, options));
-    }
-  });
-  const int64_t together = min_of<int64_t>(16, channels);
-  const int64_t parts = ceil_div(channels, together);
+  const std::vector<TapBlock<T>> kept = keep_taps(boxes, count, out.shape, options);
+  const int64_t parts = ceil_div(channels, kGradientsTogether);
   parallel_items(out.shape.images * parts, [&](const auto& next) {
+    TapBlock<T> listed;
     std::vector<T> sums;
-    std::vector<T> values(together);
+    T values[kGradientsTogether];
     for (int64_t item = next(); item >= 0; item = next()) {
       const int image = static_cast<int>(item / parts);
-      const int64_t first = item % parts * together, used = min_of(together, channels - first);
+      const int64_t first = item % parts * kGradientsTogether, used = min_of(kGradientsTogether, channels - first);
       sums.assign(pixels * used, T(0));  // [pixels, used]
-      for (int64_t roi = 0; roi < count; ++roi) {
-        if (taps[roi].taps.empty() || image_of(boxes[6 * roi], out.shape.images) != image) continue;
-        const S* const of_roi = grad + roi * channels * bins;
-        for (int64_t bin = 0; bin < bins; ++bin) {
+      const auto add = [&](int64_t roi, const TapBlock<T>& block) {
+        for (size_t i = 0; i < block.ends.size(); ++i) {
+          if (block.begin(i) == block.end(i)) continue;
+          const int64_t bin = block.first_bin + static_cast<int64_t>(i);
           for (int64_t c = 0; c < used; ++c) {
-            values[c] = static_cast<T>(of_roi[bin_offset(out.channels_last, first + c, bin, channels, bins)]);
+            const int64_t offset = bin_offset(out.channels_last, first + c, bin, channels, bins);
+            values[c] = static_cast<T>(grad[roi * channels * bins + offset]);
           }
-          for (int64_t i = taps[roi].begin(bin); i < taps[roi].ends[bin]; ++i) {
-            add_channels(values.data(), taps[roi].taps[i].weight, used, sums.data() + taps[roi].taps[i].pixel * used);
-          }
+          scatter(values, block.begin(i), block.end(i), used, sums.data());
+        }
+      };
+      for (int64_t roi = 0; roi < count; ++roi) {
+        if (image_of(boxes[6 * roi], out.shape.images) != image) continue;
+        if (kept[roi].ends.empty()) {
+          const RotatedRoi<T> place = place_rotated(boxes + 6 * roi, out.shape, options);
+          for_each_block(place, listed, kBlock, [&] { add(roi, listed); });
+        } else {
+          add(roi, kept[roi]);
         }
       }
       S* const target = out.image(0, image) + first * strides.channel;
