@@ -319,14 +319,27 @@ void roi_align_max_cpu(const RoiTensors<ComputeType<S>, const S>& map, const Com
 
 // ---- both
 
-// Parts are some channels of an image, each written by one thread, all RoIs in the order of the list.
+// Adds the gradient of a bin to the pixels that its winner at (y, x) read, [height, width, channels].
+template <class T>
+DETOPS_HD void add_to_winner(T grad, T y, T x, int height, int width, int64_t channels, T* sums) {
+  if (y < T(-1)) return;
+  const AxisSample<T> ys = axis_sample(y, height), xs = axis_sample(x, width);
+  for (int row = ys.low; row <= ys.low + (ys.fraction != T(0)); ++row) {
+    for (int column = xs.low; column <= xs.low + (xs.fraction != T(0)); ++column) {
+      sums[(int64_t(row) * width + column) * channels] += weight_in(ys, row) * weight_in(xs, column) * grad;
+    }
+  }
+}
+
+// Parts are a plane of an image, or some channels with channels_last. Each is written by one thread, all RoIs in the
+// order of the list.
 template <class S>
 void roi_max_backward_cpu(const S* grad, const ComputeType<S>* winners, const ComputeType<S>* boxes, int64_t count,
                           const RoiOptions& options, const RoiTensors<ComputeType<S>, S>& out) {
   using T = ComputeType<S>;
   const int64_t channels = out.shape.channels, bins = int64_t(options.bins_y) * options.bins_x;
-  const int64_t height = out.shape.levels[0].height, width = out.shape.levels[0].width;
-  const MapStrides strides(out.channels_last, height, width, channels);
+  const int height = out.shape.levels[0].height, width = out.shape.levels[0].width;
+  const int64_t pixels = out.pixels(0);
   const T *const ys = winners, *const xs = winners + count * channels * bins;
   const int64_t together = out.channels_last ? 16 : 1;
   const int64_t parts = ceil_div(channels, together);
@@ -335,29 +348,27 @@ void roi_max_backward_cpu(const S* grad, const ComputeType<S>* winners, const Co
     for (int64_t item = next(); item >= 0; item = next()) {
       const int image = static_cast<int>(item / parts);
       const int64_t first = item % parts * together, used = min_of(together, channels - first);
-      sums.assign(height * width * used, T(0));  // [height, width, used]
-      for (int64_t roi = 0; roi < count; ++roi) {
-        if (image_of(boxes[5 * roi], out.shape.images) != image) continue;
-        for (int64_t i = 0; i < bins * used; ++i) {
-          const int64_t c = i % used;
-          const int64_t offset =
-              roi * channels * bins + bin_offset(out.channels_last, first + c, i / used, channels, bins);
-          if (ys[offset] < T(-1)) continue;
-          const T value = static_cast<T>(grad[offset]);
-          const AxisSample<T> y = axis_sample(ys[offset], static_cast<int>(height));
-          const AxisSample<T> x = axis_sample(xs[offset], static_cast<int>(width));
-          for (int row = y.low; row <= y.low + (y.fraction != T(0)); ++row) {
-            for (int column = x.low; column <= x.low + (x.fraction != T(0)); ++column) {
-              sums[(row * width + column) * used + c] += weight_in(y, row) * weight_in(x, column) * value;
+      const auto add = [&](T* into) {  // [pixels, used]
+        for (int64_t roi = 0; roi < count; ++roi) {
+          if (image_of(boxes[5 * roi], out.shape.images) != image) continue;
+          for (int64_t bin = 0; bin < bins; ++bin) {
+            const int64_t offset = roi * channels * bins + bin_offset(out.channels_last, first, bin, channels, bins);
+            for (int64_t c = 0; c < used; ++c) {
+              const int64_t i = offset + c;
+              add_to_winner(static_cast<T>(grad[i]), ys[i], xs[i], height, width, used, into + c);
             }
           }
         }
+      };
+      if (!out.channels_last) {
+        store_sums(out.image(0, image) + first * pixels, pixels, sums, add);
+        continue;
       }
-      S* const target = out.image(0, image) + first * strides.channel;
-      for (int64_t pixel = 0; pixel < height * width; ++pixel) {
-        for (int64_t c = 0; c < used; ++c) {
-          target[pixel * strides.column + c * strides.channel] = static_cast<S>(sums[pixel * used + c]);
-        }
+      sums.assign(pixels * used, T(0));
+      add(sums.data());
+      S* const target = out.image(0, image) + first;
+      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+        for (int64_t c = 0; c < used; ++c) target[pixel * channels + c] = static_cast<S>(sums[pixel * used + c]);
       }
     }
   });
