@@ -6,10 +6,14 @@
 namespace DETOPS_NAMESPACE {
 namespace {
 
+// Channels of a bin that are read together, from planes far apart. Each is a chain of additions: five hide the latency
+// of one another, and were faster than ten.
+constexpr int kChannelsAtOnce = 5;
+
 // A bin of a RoI in `lanes` channels that are `apart` from each other.
 template <int lanes, class S, class T>
-DETOPS_HD void pool_some(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns, S* out,
-                         int64_t out_apart) {
+DETOPS_HD void average_some(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns,
+                            S* out, int64_t out_apart) {
   T sums[lanes] = {};
   for (const Tap<T>& y : rows) {
     T of_row[lanes] = {};
@@ -24,15 +28,15 @@ DETOPS_HD void pool_some(const S* map, const MapStrides& strides, int64_t apart,
 
 // A bin of a RoI in all of its channels.
 template <class S, class T>
-DETOPS_CLONES void pool_bin(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns,
-                            int64_t channels, S* out, int64_t out_apart) {
+DETOPS_CLONES void average_bin(const S* map, const MapStrides& strides, int64_t apart, Taps<T> rows, Taps<T> columns,
+                               int64_t channels, S* out, int64_t out_apart) {
   int64_t c = 0;
   const auto take = [&](auto lanes) __attribute__((always_inline)) {
-    pool_some<lanes>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
+    average_some<lanes>(map + c * apart, strides, apart, rows, columns, out + c * out_apart, out_apart);
     c += lanes;
   };
-  while (c + 5 <= channels) take(std::integral_constant<int, 5>{});
-  switch (channels - c) {
+  while (c + kChannelsAtOnce <= channels) take(std::integral_constant<int, kChannelsAtOnce>{});
+  switch (channels - c) {  // fewer than that
     case 4: return take(std::integral_constant<int, 4>{});
     case 3: return take(std::integral_constant<int, 3>{});
     case 2: return take(std::integral_constant<int, 2>{});
@@ -50,10 +54,10 @@ void ps_roi_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeTyp
   const MapStrides strides(map.channels_last, map.shape.levels[0].height, map.shape.levels[0].width, channels);
   const int64_t out_apart = map.channels_last ? 1 : bins;
   const auto pool = [&](const RoiTable<T>& table, int bin) {
-    pool_bin<S, T>(map.image(0, table.image) + bin * strides.channel, strides, bins * strides.channel,
-                   table.y(bin / options.bins_x), table.x(bin % options.bins_x), channels / bins,
-                   out + table.roi * channels + bin_offset(map.channels_last, 0, bin, channels / bins, bins),
-                   out_apart);
+    average_bin<S, T>(map.image(0, table.image) + bin * strides.channel, strides, bins * strides.channel,
+                      table.y(bin / options.bins_x), table.x(bin % options.bins_x), channels / bins,
+                      out + table.roi * channels + bin_offset(map.channels_last, 0, bin, channels / bins, bins),
+                      out_apart);
   };
   for (int64_t roi : tables.blank()) std::fill_n(out + roi * channels, channels, S(0));
   // What a thread reads should lie together: the channels of a bin, or the pixels of a RoI.
@@ -63,12 +67,6 @@ void ps_roi_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeTyp
       if (map.channels_last) {
         for (int bin = 0; bin < bins; ++bin) pool(tables.all()[part], bin);
       } else {
-        // Nearly every line of these channels will be read, in no order that the processor could foresee.
-        constexpr int64_t kLine = 64 / sizeof(S);
-        for (int64_t c = part; c < channels && used > strides.channel / kLine / 2; c += bins) {
-          const S* const plane = map.image(0, 0) + c * strides.channel;
-          for (int64_t i = 0; i < strides.channel; i += kLine) __builtin_prefetch(plane + i, 0, 2);
-        }
         for (const RoiTable<T>& table : tables.all()) pool(table, static_cast<int>(part));
       }
     }
