@@ -9,6 +9,9 @@
 
 namespace DETOPS_NAMESPACE {
 
+constexpr int64_t kPlanesTogether = 8;     // contiguous maps that are pooled together
+constexpr int64_t kChannelsTogether = 64;  // neighbouring channels whose sums are kept in registers
+
 template <class T>
 struct EightOf {
   typedef T type __attribute__((vector_size(8 * sizeof(T))));

@@ -72,13 +72,13 @@ struct RoiAxis {
   int bins, size;
   T start, bin;     // bins may be negative
   T samples;        // of each bin: a whole number, possibly beyond any integer type; 0: the RoI does not count
-  int64_t visited;  // no bin has more samples on the map than this
+  int64_t visited;  // at least as many as any bin has samples on the map
 
   DETOPS_HD T position(int p, int64_t i) const {
     return start + static_cast<T>(p) * bin + (static_cast<T>(i) + T(0.5)) * bin / samples;
   }
 
-  // As far as integers go.
+  // `samples` as an integer, at most 2^62.
   DETOPS_HD int64_t sample_count() const {
     const int64_t most = int64_t(1) << 62;
     return samples < static_cast<T>(most) ? static_cast<int64_t>(samples) : most;
@@ -102,7 +102,7 @@ struct RoiAxis {
     return {range.begin, min_of(range.end, range.begin + visited)};
   }
 
-  // Of which of them lies further up or left: the k-th of a range, counted from there.
+  // The k-th sample of a range in the order of rising positions, which is from the end where `bin` is negative.
   DETOPS_HD int64_t ascending(const IndexRange& range, int64_t k) const {
     return bin >= T(0) ? range.begin + k : range.end - 1 - k;
   }
@@ -256,7 +256,8 @@ struct RoiMaps {
   int count;
   int images, channels;
   RoiLevel<T> levels[kMostLevels];
-  double least_area[kMostLevels];  // of the boxes of a level or of those behind it; levels 1 .. count-1; NaN: none is
+  // The area from which on a box belongs to level i or a coarser one, for i of 1 .. count-1. NaN: no box does.
+  double least_area[kMostLevels];
 
   // The FPN paper's floor(canonical_level + log2(sqrt(area) / canonical_scale)), as a comparison of areas.
   DETOPS_HD int level_of(T area) const {

@@ -16,21 +16,19 @@
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int kLanes = 8;      // columns or channels that are handled together
-constexpr int kPlanes = 8;     // planes that are handled together
-constexpr int kChannels = 64;  // channels whose sums are kept in registers
+constexpr int kLanes = 8;  // columns or channels that are handled together
 
 // ---- forward, contiguous
 
-// Room for what pool_planes works on.
+// Room for what average_planes works on.
 template <class T>
 struct PlaneSums {
-  std::vector<T> columns;  // [columns, kPlanes]
-  std::vector<T> bins;     // [bins, kPlanes]
+  std::vector<T> columns;  // [columns, kPlanesTogether]
+  std::vector<T> bins;     // [bins, kPlanesTogether]
 
   void reserve(int count, int64_t bins_of_plane) {
-    if (columns.size() < size_t(count) * kPlanes) columns.resize(size_t(count) * kPlanes);
-    bins.resize(bins_of_plane * kPlanes);
+    if (columns.size() < size_t(count) * kPlanesTogether) columns.resize(size_t(count) * kPlanesTogether);
+    bins.resize(bins_of_plane * kPlanesTogether);
   }
 };
 
@@ -63,8 +61,8 @@ DETOPS_HD void add_rows(const S* const (&left)[planes], int64_t width, Taps<T> r
 
 // One RoI on `planes` planes: the rows of a bin are added up for all columns, and then these, for all planes at once.
 template <int planes, class S, class T>
-DETOPS_HD void pool_few_planes(const S* const (&left)[planes], int64_t width, const RoiTable<T>& table, int bins_x,
-                               Columns columns, T* __restrict__ column_sums, T* __restrict__ bins) {
+DETOPS_HD void average_few_planes(const S* const (&left)[planes], int64_t width, const RoiTable<T>& table, int bins_x,
+                                  Columns columns, T* __restrict__ column_sums, T* __restrict__ bins) {
   for (int p = 0; p < table.bins_y; ++p) {
     const Taps<T> rows = table.y(p);
     if (rows.count() > 0) add_rows(left, width, rows, columns.count, column_sums);
@@ -81,30 +79,31 @@ DETOPS_HD void pool_few_planes(const S* const (&left)[planes], int64_t width, co
   }
 }
 
-// One RoI on up to kPlanes planes.
+// One RoI on up to kPlanesTogether planes.
 template <class S, class T>
-DETOPS_CLONES void pool_planes(const S* planes, int64_t height, int64_t width, int count, const RoiTable<T>& table,
-                               int bins_x, Columns columns, PlaneSums<T>& room, S* __restrict__ out) {
+DETOPS_CLONES void average_planes(const S* planes, int64_t height, int64_t width, int count, const RoiTable<T>& table,
+                                  int bins_x, Columns columns, PlaneSums<T>& room, S* __restrict__ out) {
   const int64_t bins_of_plane = int64_t(table.bins_y) * bins_x;
   T* const bins = room.bins.data();
   if (count == 1) {
     const S* const left[1] = {planes + columns.begin};
-    pool_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
+    average_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
     for (int64_t i = 0; i < bins_of_plane; ++i) out[i] = static_cast<S>(bins[i]);
     return;
   }
-  const S* left[kPlanes];
-  for (int plane = 0; plane < kPlanes; ++plane) {
+  const S* left[kPlanesTogether];
+  for (int plane = 0; plane < kPlanesTogether; ++plane) {
     left[plane] = planes + min_of(plane, count - 1) * height * width + columns.begin;
   }
-  pool_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
+  average_few_planes(left, width, table, bins_x, columns, room.columns.data(), bins);
   store_planes(bins, count, bins_of_plane, out);
 }
 
 // ---- forward, channels_last
 
 template <int channels, class S, class T>
-DETOPS_HD void pool_bin(const S* map, int64_t row, int64_t pixel, Taps<T> rows, Taps<T> columns, S* __restrict__ out) {
+DETOPS_HD void average_bin(const S* map, int64_t row, int64_t pixel, Taps<T> rows, Taps<T> columns,
+                           S* __restrict__ out) {
   T sums[channels] = {};
   for (const Tap<T>& y : rows) {
     for (const Tap<T>& x : columns) {
@@ -118,19 +117,19 @@ DETOPS_HD void pool_bin(const S* map, int64_t row, int64_t pixel, Taps<T> rows, 
 
 // One RoI on an image's map: [bins_y, bins_x, channels].
 template <class S, class T>
-DETOPS_CLONES void pool_pixels(const S* map, int64_t width, int64_t channels, const RoiTable<T>& table, int bins_x,
-                               S* out) {
+DETOPS_CLONES void average_pixels(const S* map, int64_t width, int64_t channels, const RoiTable<T>& table, int bins_x,
+                                  S* out) {
   const int64_t row = width * channels;
   for (int p = 0; p < table.bins_y; ++p) {
     for (int q = 0; q < bins_x; ++q, out += channels) {
       int64_t c = 0;
-      for (; c + kChannels <= channels; c += kChannels) {
-        pool_bin<kChannels>(map + c, row, channels, table.y(p), table.x(q), out + c);
+      for (; c + kChannelsTogether <= channels; c += kChannelsTogether) {
+        average_bin<kChannelsTogether>(map + c, row, channels, table.y(p), table.x(q), out + c);
       }
       for (; c + kLanes <= channels; c += kLanes) {
-        pool_bin<kLanes>(map + c, row, channels, table.y(p), table.x(q), out + c);
+        average_bin<kLanes>(map + c, row, channels, table.y(p), table.x(q), out + c);
       }
-      for (; c < channels; ++c) pool_bin<1>(map + c, row, channels, table.y(p), table.x(q), out + c);
+      for (; c < channels; ++c) average_bin<1>(map + c, row, channels, table.y(p), table.x(q), out + c);
     }
   }
 }
@@ -147,14 +146,14 @@ void roi_align_cpu(const RoiTensors<ComputeType<S>, const S>& maps, const Comput
     parallel_items(used, [&](const auto& next) {
       for (int64_t i = next(); i >= 0; i = next()) {
         const RoiTable<T>& table = tables.all()[i];
-        pool_pixels(maps.image(table.level, table.image), maps.shape.levels[table.level].width, channels, table,
-                    options.bins_x, out + table.roi * channels * bins);
+        average_pixels(maps.image(table.level, table.image), maps.shape.levels[table.level].width, channels, table,
+                       options.bins_x, out + table.roi * channels * bins);
       }
     });
     return;
   }
-  parallel_parts(ceil_div<int64_t>(channels, kPlanes), used, [&](int64_t part, int64_t first, int64_t last) {
-    const int64_t channel = part * kPlanes;
+  parallel_parts(ceil_div<int64_t>(channels, kPlanesTogether), used, [&](int64_t part, int64_t first, int64_t last) {
+    const int64_t channel = part * kPlanesTogether;
     PlaneSums<T> sums;
     for (int64_t i = first; i < last; ++i) {
       const RoiTable<T>& table = tables.all()[i];
@@ -162,8 +161,9 @@ void roi_align_cpu(const RoiTensors<ComputeType<S>, const S>& maps, const Comput
       const Columns columns = whole_columns(table.column_begin, table.column_end, level.width);
       sums.reserve(columns.count, bins);
       const S* const planes = maps.image(table.level, table.image) + channel * level.height * level.width;
-      pool_planes(planes, level.height, level.width, static_cast<int>(min_of<int64_t>(kPlanes, channels - channel)),
-                  table, options.bins_x, columns, sums, out + (table.roi * channels + channel) * bins);
+      average_planes(planes, level.height, level.width,
+                     static_cast<int>(min_of<int64_t>(kPlanesTogether, channels - channel)), table, options.bins_x,
+                     columns, sums, out + (table.roi * channels + channel) * bins);
     }
   });
 }

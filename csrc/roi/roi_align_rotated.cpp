@@ -9,8 +9,6 @@ namespace DETOPS_NAMESPACE {
 namespace {
 
 constexpr int64_t kBlock = 4096;            // taps that are listed at once
-constexpr int64_t kChannelsTogether = 64;   // that are added up together with channels_last
-constexpr int64_t kPlanesTogether = 8;      // contiguous maps that are read together
 constexpr int64_t kGradientsTogether = 16;  // channels whose gradients are added up together
 
 template <class T>

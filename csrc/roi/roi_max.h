@@ -77,6 +77,27 @@ DETOPS_HD Winner<T> winner_of_bin(const S* plane, const MapStrides& strides, con
   return best;
 }
 
+// What the CPU kernels write.
+template <class S>
+struct MaxResult {
+  using T = ComputeType<S>;
+  S* out;
+  T *y, *x;  // null where no winners are wanted
+
+  void store(int64_t i, const Winner<T>& winner) const {
+    out[i] = static_cast<S>(winner.value);
+    if (y == nullptr) return;
+    y[i] = winner.y;
+    x[i] = winner.x;
+  }
+
+  // The same from the i-th on.
+  MaxResult from(int64_t i) const {
+    if (y == nullptr) return {out + i, nullptr, nullptr};
+    return {out + i, y + i, x + i};
+  }
+};
+
 // The weight of a pixel in a sample.
 template <class T>
 DETOPS_HD T weight_in(const AxisSample<T>& sample, int pixel) {
