@@ -68,7 +68,7 @@ void for_each_block(const RotatedRoi<T>& roi, TapBlock<T>& block, int64_t limit,
   finish(false);
 }
 
-// At most this many.
+// An upper bound of the taps of a RoI.
 template <class T>
 int64_t most_taps(const RotatedRoi<T>& roi) {
   double rows = 0, columns = 0;  // may exceed any integer
@@ -77,7 +77,7 @@ int64_t most_taps(const RotatedRoi<T>& roi) {
   return static_cast<int64_t>(min_of(4 * rows * columns, 1e18));
 }
 
-// Adds what a bin reads in some times eight neighbouring channels, whose sums stay in registers.
+// Adds what a bin reads in kEights * 8 neighbouring channels, whose sums stay in registers.
 template <int kEights, class S, class T>
 DETOPS_HD void gather_eights(const S* map, int64_t column, const PixelTap<T>* tap, const PixelTap<T>* end, T* sums) {
   Eight<T> added[kEights];
@@ -192,8 +192,8 @@ void roi_align_rotated_cpu(const RoiTensors<ComputeType<S>, const S>& map, const
   });
 }
 
-// The taps of the first RoIs, as many as take about the memory of the maps; no bins for the others, whose taps each
-// part lists anew.
+// The taps of the first RoIs of the list, as many as fit into about the memory of the maps. For the others the blocks
+// are left empty, and each thread lists their taps when it needs them.
 template <class T>
 std::vector<TapBlock<T>> keep_taps(const T* boxes, int64_t count, const RoiMaps<T>& maps, const RoiOptions& options) {
   std::vector<int64_t> most(count);

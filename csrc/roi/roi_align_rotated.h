@@ -41,8 +41,8 @@ struct RotatedRoi {
   DETOPS_HD T weight(T value) const { return value / v.samples / u.samples; }
 
  private:
-  // The samples of an axis between the extremes that its coordinate (y - centre) * a + (x - centre) * b takes on the
-  // map, with a margin for rounding.
+  // Along an axis a point of the map lies at (y - centre) * a + (x - centre) * b. These are the samples between the
+  // least and the largest of that over the map, with a margin for rounding.
   DETOPS_HD IndexRange near_map(const RoiAxis<T>& axis, int p, T a, T b) const {
     if (image < 0 || height <= 0 || width <= 0) return {0, 0};
     const T top = (T(-1) - y) * a, bottom = (static_cast<T>(height) - y) * a;

@@ -33,8 +33,8 @@ struct RoiTable {
   DETOPS_HD Taps<T> x(int p) const { return y(bins_y + p); }
 };
 
-// The taps of many RoIs, those of one map together, strip by strip from left to right: what lies close is read shortly
-// after one another. The order depends on nothing but the boxes.
+// The taps of many RoIs, sorted by map, by strip of rows and from left to right, so that RoIs that lie close together
+// are read one after another. The order depends on nothing but the boxes.
 template <class T>
 class RoiTables {
  public:
@@ -77,7 +77,7 @@ class RoiTables {
   const std::vector<RoiTable<T>>& all() const { return tables_; }
   // The RoIs that read nothing.
   const std::vector<int64_t>& blank() const { return blank_; }
-  // The numbers of the tables of one image's map.
+  // Where the tables of one image's map stand in all().
   IndexRange of_map(int level, int image) const {
     const size_t i = size_t(level) * images_ + image;
     return {map_begins_[i], map_begins_[i + 1]};

@@ -17,7 +17,8 @@ struct alignas(sizeof(S) * count) RoiPack {
   S values[count];
 };
 
-// True if every address that is a multiple of `elements` from here on is aligned to packs of so many.
+// True if `address`, and every one that is a multiple of `stride` elements behind it, is aligned to packs of
+// `elements`.
 template <class S>
 bool packs_fit(const void* address, int64_t stride, int elements) {
   return reinterpret_cast<uintptr_t>(address) % (sizeof(S) * elements) == 0 && stride % elements == 0;

@@ -25,7 +25,7 @@ struct EightWinners {
 template <class T>
 using EightFlags = decltype(Eight<T>{} == Eight<T>{});
 
-// As wins().
+// wins(), channel by channel.
 template <class T>
 DETOPS_HD void eight_win(const Eight<T>& value, const Eight<T>& best, EightFlags<T>& better) {
   better = (best == best) & ~(value <= best);
@@ -39,7 +39,7 @@ struct PixelTable {
   const IndexRange *y, *x;
 };
 
-// Those of all RoIs, in an order in which what lies close is read shortly after one another.
+// The tables of all RoIs, sorted so that RoIs that lie close together are read one after another.
 class PixelTables {
  public:
   template <class T>
@@ -70,7 +70,7 @@ class PixelTables {
   std::vector<PixelTable> tables_;
 };
 
-// largest_of_rows of some times eight columns: the chains of comparisons of each eight run side by side.
+// largest_of_rows of kEights * 8 columns. The comparisons of one eight wait for one another, those of several do not.
 template <bool kPositions, int kEights, class S, class T>
 DETOPS_HD void largest_of_eights(const S* const (&left)[kPlanesTogether], int64_t width, IndexRange range, int first,
                                  T* __restrict__ values, T* __restrict__ rows) {
@@ -98,8 +98,8 @@ DETOPS_HD void largest_of_eights(const S* const (&left)[kPlanesTogether], int64_
   }
 }
 
-// Of rows begin .. end-1 the largest value in each column of eight planes, and, where wanted, the first row that has
-// it: [columns, planes].
+// The largest value of each column in the rows begin .. end-1 of eight planes and, with kPositions, the first row that
+// has it. Both are [columns, planes].
 template <bool kPositions, class S, class T>
 DETOPS_HD void largest_of_rows(const S* const (&left)[kPlanesTogether], int64_t width, IndexRange range, int count,
                                T* __restrict__ values, T* __restrict__ rows) {
@@ -125,8 +125,8 @@ DETOPS_HD void largest_of_rows(const S* const (&left)[kPlanesTogether], int64_t 
   }
 }
 
-// Of some columns of eight planes the largest, the first in reading order. Without positions another of equal values
-// may be taken, which differs for zeros of both signs alone.
+// The largest value of the columns begin .. end-1 in each of eight planes, of equal ones the first in reading order.
+// Without kPositions it may be another of the equal ones, which makes a difference for 0 and -0 alone.
 template <bool kPositions, class T>
 DETOPS_HD void largest_of_columns(const T* values, const T* rows, int64_t begin, int64_t end, EightWinners<T>& best) {
   load_eight<T, T>(values + begin * kPlanesTogether, best.value);

@@ -31,7 +31,8 @@ __global__ void roi_bounds_kernel(RoiMaps<T> maps, const T* boxes, int count, Ro
   bounds.maps[roi] = reads ? place.level * maps.images + place.image : -1;
 }
 
-// How many of the block's threads before this one, and in all, the predicate holds for. Once between barriers.
+// For how many of the block's threads the predicate holds: of those before this one, and of all. `votes` is written, so
+// that two calls need a barrier between them.
 struct Rank {
   int before, total;
 };
@@ -113,7 +114,7 @@ __device__ inline bool tile_weights(const RoiAxis<T>& axis, int p, int tile_begi
   return any;
 }
 
-// Of the RoIs of a chunk, in shared memory.
+// The weights of a chunk of RoIs on the pixels of a tile, in shared memory.
 template <class T>
 struct ChunkWeights {
   T* y;                                    // [RoIs, bins_y, kTile]
@@ -121,7 +122,7 @@ struct ChunkWeights {
   int *first_y, *end_y, *first_x, *end_x;  // [RoIs] the bins that reach the tile
 };
 
-// RoIs whose weights are at hand.
+// The RoIs whose weights are in shared memory.
 template <class T>
 struct TileRois {
   const int* rois;
