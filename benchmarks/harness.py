@@ -89,8 +89,14 @@ def byte_count(value: Any) -> int:
 
 
 def optional(module: str) -> ModuleType | None:
-    """A peer's module, or None where it is not installed."""
-    return importlib.import_module(module) if importlib.util.find_spec(module.partition(".")[0]) else None
+    """A peer's module, or None where it is not installed, or does not fit this torch."""
+    if not importlib.util.find_spec(module.partition(".")[0]):
+        return None
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # torchvision of another torch raises RuntimeError
+        print(f"{module} cannot be imported: {error}", file=sys.stderr)
+        return None
 
 
 def reference(family: str) -> ModuleType:

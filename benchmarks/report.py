@@ -57,7 +57,8 @@ def write_page(report: dict, path: Path) -> None:
         f"{versions_text(report['versions'])}. Copies run at {report['copy_gb_per_s']:.3g} GB/s.",
         "",
         "Medians of one process in which detops and the peers take turns. `12x` behind a peer's time: detops takes a "
-        "twelfth of it; `*`: the peer's result differs from the definition. The floor is `torch.full` of the results, "
+        "twelfth of it; `*`: the peer's result differs from the definition. The floor is `torch.full` of the results "
+        "(on the CPU detops asks for huge pages under large results, `torch.full` does not), "
         "memory what a call holds at most beyond its inputs, its results counted.",
         "",
     ]

@@ -1,7 +1,7 @@
 """Measure detops and every installed peer on this machine.
 
     python benchmarks/run.py                     all families
-    python benchmarks/run.py nms --quick         one family, within half a minute
+    python benchmarks/run.py nms --quick         one family, fewer cases
     python benchmarks/run.py --json out.json --plot out.md      and a page with tables and plots
 
 Every result is checked before it is timed; a wrong one ends the run with exit status 1.

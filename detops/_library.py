@@ -24,8 +24,8 @@ def _load() -> ctypes.CDLL:
         where = f"detops has no compiled library: {_PATH} is missing."
         if (_PATH.parents[1] / "setup.py").exists():
             raise ImportError(
-                f"{where} This is the source folder. Run 'pip install .' in it and start Python from another folder, "
-                "or run 'pip install -e .' to build the library in place."
+                f"{where} This is the source folder. Start Python from another folder, where the package is found that "
+                "'pip install .' has installed, or run 'pip install -e .' here to build the library in place."
             )
         raise ImportError(f"{where} The installation is incomplete: {_REBUILD}.")
     try:
@@ -122,7 +122,9 @@ def refuse_complex(op: str, name: str, tensor: torch.Tensor) -> None:
 
 def refuse_vmap(op: str, *tensors: torch.Tensor) -> None:
     """Raises under torch.func.vmap, of which torch's own error would name an inner function."""
-    if not torch.compiler.is_compiling() and any(map(torch._C._functorch.is_batchedtensor, tensors)):
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(each, torch.Tensor) and torch._C._functorch.is_batchedtensor(each) for each in tensors):
         raise RuntimeError(f"{op}: its arguments must not be under vmap")
 
 

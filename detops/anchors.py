@@ -76,7 +76,7 @@ class AnchorGenerator(nn.Module):
 
     Called with `(image_list, feature_maps)`: an object with `tensors` [B, ..., H, W] and `image_sizes`, and the maps
     [B, C, h, w]. Returns a list of B anchors [A, 4] xyxy, ordered by map, row, column, ratio, size, in the dtype and on
-    the device of the maps. All images share one cached tensor.
+    the device of the maps. All images share one cached tensor: copy it before you change it.
 
     Raises:
         ValueError: `sizes` and `aspect_ratios` differ in length, or a number is not positive and finite.
@@ -86,6 +86,10 @@ class AnchorGenerator(nn.Module):
         >>> generator = AnchorGenerator(sizes=((32,), (64,)), aspect_ratios=((0.5, 1.0, 2.0),) * 2)
         >>> generator.num_anchors_per_location()
         [3, 3]
+        >>> from types import SimpleNamespace  # or torchvision's ImageList
+        >>> image_list = SimpleNamespace(tensors=torch.zeros(1, 3, 64, 64), image_sizes=[(64, 64)])
+        >>> generator(image_list, [torch.zeros(1, 8, 8, 8), torch.zeros(1, 8, 4, 4)])[0].shape
+        torch.Size([240, 4])
 
     Source: torchvision.models.detection.anchor_utils.AnchorGenerator, with its boxes to the bit. For other strides than
     the quotients of sizes see `grid_anchors`.

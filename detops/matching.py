@@ -309,6 +309,9 @@ def sample_matches(
 
 
 def _check_thresholds(op: str, high_threshold: float, low_threshold: float) -> None:
+    for name, each in (("high_threshold", high_threshold), ("low_threshold", low_threshold)):
+        if isinstance(each, list | tuple):  # detectron2's form
+            raise ValueError(f"{op}: {name} must be a number, got {each}")
     if not low_threshold <= high_threshold:  # so that NaN fails too
         raise ValueError(
             f"{op}: high_threshold must be at least low_threshold, got {high_threshold} and {low_threshold}"

@@ -22,7 +22,14 @@ class _RoIModule(nn.Module):
 
 
 class RoIAlign(_RoIModule):
-    """See `detops.roi_align`."""
+    """`detops.roi_align` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
+    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C, bins, bins]. The options are those of
+    the function, of which the mean alone is here.
+
+    Example:
+        >>> RoIAlign(7, 0.25, 2, aligned=True)(torch.rand(1, 256, 50, 50), [torch.tensor([[0.0, 0, 99, 49]])]).shape
+        torch.Size([1, 256, 7, 7])
+    """
 
     options = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
 
@@ -38,7 +45,9 @@ class RoIAlign(_RoIModule):
 
 
 class RoIPool(_RoIModule):
-    """See `detops.roi_pool`."""
+    """`detops.roi_pool` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
+    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C, bins, bins].
+    """
 
     options = ("output_size", "spatial_scale")
 
@@ -52,7 +61,9 @@ class RoIPool(_RoIModule):
 
 
 class PSRoIAlign(_RoIModule):
-    """See `detops.ps_roi_align`."""
+    """`detops.ps_roi_align` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
+    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C / bins^2, bins, bins].
+    """
 
     options = ("output_size", "spatial_scale", "sampling_ratio")
 
@@ -67,7 +78,9 @@ class PSRoIAlign(_RoIModule):
 
 
 class PSRoIPool(_RoIModule):
-    """See `detops.ps_roi_pool`."""
+    """`detops.ps_roi_pool` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
+    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C / bins^2, bins, bins].
+    """
 
     options = ("output_size", "spatial_scale")
 

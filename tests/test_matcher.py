@@ -124,3 +124,8 @@ def test_no_synchronisation(device):
         detops.Matcher(0.7, 0.3, True)(quality)
     finally:
         torch.cuda.set_sync_debug_mode(before)
+
+
+def test_thresholds_in_a_list():
+    with pytest.raises(ValueError, match=r"^Matcher: high_threshold must be a number, got \[0.3, 0.7\]$"):
+        detops.Matcher([0.3, 0.7], [0, -1, 1], allow_low_quality_matches=True)

@@ -117,8 +117,9 @@ def _redirections() -> list[Redirection]:
 
     try:
         modules = {name: importlib.import_module(name) for name, _ in replacements}
-    except ImportError as error:
+    except Exception as error:  # torchvision of another torch raises RuntimeError
         raise ImportError(
-            f"detops.compat.torchvision: torchvision must be installed, and could not be imported: {error}"
+            f"detops.compat.torchvision: torchvision must be installed and fit this torch, and could not be imported: "
+            f"{error}"
         ) from error
     return [Redirection(modules[module], path, each) for (module, path), each in replacements.items()]
