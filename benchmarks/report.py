@@ -118,7 +118,7 @@ def draw_scaling(report: dict, path: Path) -> bool:
     columns = min(3, len(series))
     rows = -(-len(series) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="tight")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes, (name, cases) in zip(panels, series.items(), strict=False):
         for who in dict.fromkeys(["detops", *(peer for case in cases for peer in case["peers"])]):
             timings = [(case["size"], case["detops"] if who == "detops" else case["peers"].get(who)) for case in cases]
@@ -128,7 +128,7 @@ def draw_scaling(report: dict, path: Path) -> bool:
         axes.set_xlabel("size")
         axes.set_ylabel("seconds")
         axes.legend()
-    for axes in list(panels)[len(series) :]:
+    for axes in panels[len(series) :]:
         axes.set_axis_off()
     figure.savefig(path, dpi=70)
     return True
