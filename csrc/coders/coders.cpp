@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/parallel_cpu.h"
+#include "common/transpose_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -23,7 +24,11 @@ struct Tile {
 
   template <class S>
   DETOPS_HD void read(const S* rows, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
+    int64_t i = 0;
+    if constexpr (std::is_same_v<S, float> && std::is_same_v<T, float> && kColumns == 4) {
+      for (; i + 4 <= count; i += 4) transpose_four(rows + 4 * i, &columns[0][i], kTile);
+    }
+    for (; i < count; ++i) {
       for (int c = 0; c < kColumns; ++c) columns[c][i] = static_cast<T>(rows[kColumns * i + c]);
     }
   }

@@ -1,23 +1,16 @@
-// Eight numbers that are computed with together, and how eight times eight change places.
+// Eight numbers that are computed with together, and how they reach memory.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#include "common/host_device.h"
+#include "common/transpose_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 
 constexpr int64_t kPlanesTogether = 8;     // contiguous maps that are pooled together
 constexpr int64_t kChannelsTogether = 64;  // neighbouring channels whose sums are kept in registers
-
-template <class T>
-struct EightOf {
-  typedef T type __attribute__((vector_size(8 * sizeof(T))));
-};
-template <class T>
-using Eight = typename EightOf<T>::type;
 
 template <class S, class T>
 DETOPS_HD void load_eight(const S* from, Eight<T>& to) {
@@ -26,40 +19,6 @@ DETOPS_HD void load_eight(const S* from, Eight<T>& to) {
   } else {
     for (int lane = 0; lane < 8; ++lane) to[lane] = static_cast<T>(from[lane]);
   }
-}
-
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define DETOPS_HAS_SHUFFLE
-#endif
-#endif
-
-// out[j * stride + i] = in[i][j]. Compilers do not find the shuffles that do it.
-template <class T>
-DETOPS_HD void transpose_eight(const Eight<T> (&in)[8], T* out, int64_t stride) {
-#if defined(DETOPS_HAS_SHUFFLE)
-  Eight<T> pairs[8], fours[8];
-  for (int i = 0; i < 8; i += 2) {
-    pairs[i] = __builtin_shufflevector(in[i], in[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    pairs[i + 1] = __builtin_shufflevector(in[i], in[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    fours[i] = __builtin_shufflevector(pairs[i], pairs[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    fours[i + 1] = __builtin_shufflevector(pairs[i], pairs[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    fours[i + 2] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    fours[i + 3] = __builtin_shufflevector(pairs[i + 1], pairs[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
-  }
-  for (int j = 0; j < 4; ++j) {
-    const Eight<T> low = __builtin_shufflevector(fours[j], fours[j + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    const Eight<T> high = __builtin_shufflevector(fours[j], fours[j + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    memcpy(out + j * stride, &low, sizeof(low));
-    memcpy(out + (j + 4) * stride, &high, sizeof(high));
-  }
-#else
-  for (int i = 0; i < 8; ++i) {
-    for (int j = 0; j < 8; ++j) out[j * stride + i] = in[i][j];
-  }
-#endif
 }
 
 // What was computed for the bins of `count` planes, eight planes next to each other, goes where it belongs.
