@@ -41,6 +41,10 @@ def test_files(family: str) -> list[str]:
     return sorted({str(path) for stem in stems for path in TESTS.glob(f"test_{stem}*.py")})
 
 
+def size_of_sources(family: str) -> int:
+    return sum(path.stat().st_size for path in (CSRC / family).iterdir())
+
+
 def kernels_in(folder: Path) -> set[str]:
     """The names of the __global__ functions in the sources of a folder."""
     found = set()
@@ -158,7 +162,7 @@ def main() -> int:
     if not HAS_PYTEST:
         print("no pytest here: running the examples of the docstrings in place of the tests", flush=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
-        names = sorted(names, key=lambda name: -len(test_files(name)))  # the longest first
+        names = sorted(names, key=size_of_sources, reverse=True)  # so that no long one is left for the end
         logs = [Path(folder) / name for name in names]
         jobs = [pool.submit(run_family, name, library, log, options) for name, log in zip(names, logs, strict=True)]
         statuses = [job.result() for job in jobs]
