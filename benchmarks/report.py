@@ -61,6 +61,9 @@ def write_page(report: dict, path: Path) -> None:
         "(on the CPU detops asks for huge pages under large results, `torch.full` does not), "
         "memory what a call holds at most beyond its inputs, its results counted.",
         "",
+        "On the CPU the floor of results of tens of megabytes may differ tenfold between cases: `torch.full` needs new "
+        "pages, or finds memory that the process has freed and kept.",
+        "",
     ]
     if draw_scaling(report, scaling := path.with_name(f"{path.stem}-scaling.png")):
         lines += ["## Time against size", "", f"![time against size]({scaling.name})", ""]
