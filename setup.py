@@ -1,9 +1,10 @@
 """Builds detops._C from csrc/: all *.cpp files, and all *_cuda.cu files when CUDA kernels are wanted.
 
-Two environment variables steer it:
+Three environment variables steer it:
   DETOPS_CUDA           "auto" (the default) builds the CUDA kernels if torch is a CUDA build and nvcc is found,
                         "1" builds them beside any torch, "0" never.
   TORCH_CUDA_ARCH_LIST  the GPU architectures, such as "8.0;9.0+PTX". By default that of the visible GPU, or else all.
+  DETOPS_CHECKED        "1": an access beyond a counted view (csrc/common/counted.h) or a vector ends the process.
 """
 
 import os
@@ -63,6 +64,8 @@ def extension(toolkit: Toolkit | None) -> Extension:
     host_flags = [*HOST_FLAGS, *WARNINGS, STANDARD, "-g0", *torch_headers]
     nvcc_flags = [*NVCC_FLAGS, "-Xcompiler", ",".join([*HOST_FLAGS, *WARNINGS]), STANDARD, *torch_headers]
     options = {"include_dirs": [str(ROOT / "csrc")], "define_macros": [("TORCH_TARGET_VERSION", "0x020a000000000000")]}
+    if os.environ.get("DETOPS_CHECKED") == "1":
+        options["define_macros"] += [("DETOPS_CHECKED", None), ("_GLIBCXX_ASSERTIONS", None)]
     if toolkit:
         sources += files("*_cuda.cu")
         options["include_dirs"].append(toolkit.include_dir)
