@@ -1,0 +1,99 @@
+"""Checks of what callers pass, worded one way: `<op>: <argument> must <rule>, got <fact>`.
+
+Tensors: a hot function tests `isinstance(boxes, Tensor)` itself, which takes 10 ns, and calls `check_tensors` only
+where that fails; one that takes over 20 us calls it at once. Options: `integer` and `number` return what the op gets.
+
+What stands for a tensor or a number in torch's own tracing (a Proxy of torch.fx, a SymInt) passes every check.
+"""
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SYMBOLS = torch.SymInt, torch.SymFloat
+
+
+def check_tensors(op: str, **arguments: Any) -> None:
+    """Raises where one is not a tensor."""
+    for name, each in arguments.items():
+        if not isinstance(each, Tensor) and not _stands_for_a_value(each):
+            raise RuntimeError(f"{op}: {name} must be a tensor, got {kind_of(each)}")
+
+
+def check_optional_tensors(op: str, **arguments: Any) -> None:
+    """Raises where one is neither a tensor nor None."""
+    for name, each in arguments.items():
+        if each is not None and not isinstance(each, Tensor) and not _stands_for_a_value(each):
+            raise RuntimeError(f"{op}: {name} must be a tensor or None, got {kind_of(each)}")
+
+
+def check_tensor_list(op: str, argument: str, tensors: Any) -> None:
+    """Raises where it is not a list or tuple of tensors."""
+    if _stands_for_a_value(tensors):
+        return
+    if not isinstance(tensors, list | tuple):
+        raise RuntimeError(f"{op}: {argument} must be a list of tensors, got {kind_of(tensors)}")
+    for place, each in enumerate(tensors):
+        if not isinstance(each, Tensor) and not _stands_for_a_value(each):
+            raise RuntimeError(f"{op}: {argument}[{place}] must be a tensor, got {kind_of(each)}")
+
+
+def integer(op: str, argument: str, value: Any) -> int:
+    """An option as an int: of NumPy's integers, 0-d tensors and all else that `operator.index` takes."""
+    if type(value) is int or isinstance(value, _SYMBOLS) or _stands_for_a_value(value):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{op}: {argument} must be an integer, got {_fact(value)}") from None
+
+
+def integers(op: str, argument: str, values: Iterable) -> tuple[int, ...]:
+    """Each of a sequence, see `integer`."""
+    return tuple(integer(op, argument, value) for value in _each_of(op, argument, "integers", values))
+
+
+def number(op: str, argument: str, value: Any) -> float:
+    """An option as a float: of NumPy's numbers, 0-d tensors and all else that `float` takes, but for text."""
+    if type(value) in (float, int) or isinstance(value, _SYMBOLS) or _stands_for_a_value(value):
+        return value
+    try:
+        if not isinstance(value, str | bytes | bytearray):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # as torch raises for more than one element
+        pass
+    raise ValueError(f"{op}: {argument} must be a number, got {_fact(value)}")
+
+
+def numbers(op: str, argument: str, values: Iterable) -> tuple[float, ...]:
+    """Each of a sequence, see `number`."""
+    return tuple(number(op, argument, value) for value in _each_of(op, argument, "numbers", values))
+
+
+def kind_of(value: Any) -> str:
+    """What it is, as messages name it: "None", "a NumPy array", "a list"."""
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    if name == "ndarray":
+        return "a NumPy array"
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _stands_for_a_value(value: Any) -> bool:
+    return hasattr(type(value), "__torch_function__") and not isinstance(value, Tensor)
+
+
+def _each_of(op: str, argument: str, what: str, values: Iterable) -> Sequence:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise ValueError(f"{op}: {argument} must be a sequence of {what}, got {_fact(values)}") from None
+
+
+def _fact(value: Any) -> str:
+    """A number or a text as it is written, of anything else what it is."""
+    return repr(value) if isinstance(value, int | float | complex | str) else kind_of(value)
