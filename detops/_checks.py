@@ -3,11 +3,13 @@
 Tensors: a hot function tests `isinstance(boxes, Tensor)` itself, which takes 10 ns, and calls `check_tensors` only
 where that fails; one that takes over 20 us calls it at once. Options: `integer` and `number` return what the op gets.
 
-What stands for a tensor or a number in torch's own tracing (a Proxy of torch.fx, a SymInt) passes every check.
+What stands for a tensor or a number in torch's own tracing passes every check: a Proxy of torch.fx, a SymInt, and under
+torch.jit.trace a 0-d tensor, which keeps a size of an image from being frozen.
 """
 
 import operator
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -43,7 +45,7 @@ def check_tensor_list(op: str, argument: str, tensors: Any) -> None:
 
 def integer(op: str, argument: str, value: Any) -> int:
     """An option as an int: of NumPy's integers, 0-d tensors and all else that `operator.index` takes."""
-    if type(value) is int or isinstance(value, _SYMBOLS) or _stands_for_a_value(value):
+    if type(value) is int or _stands_for_a_number(value):
         return value
     try:
         return operator.index(value)
@@ -57,9 +59,12 @@ def integers(op: str, argument: str, values: Iterable) -> tuple[int, ...]:
 
 
 def number(op: str, argument: str, value: Any) -> float:
-    """An option as a float: of NumPy's numbers, 0-d tensors and all else that `float` takes, but for text."""
-    if type(value) in (float, int) or isinstance(value, _SYMBOLS) or _stands_for_a_value(value):
+    """An option as a float: of NumPy's numbers, 0-d tensors and all else that `float` takes, but for text. An integer
+    stays one."""
+    if type(value) in (float, int) or _stands_for_a_number(value):
         return value
+    if isinstance(value, Integral):
+        return int(value)
     try:
         if not isinstance(value, str | bytes | bytearray):
             return float(value)
@@ -85,6 +90,12 @@ def kind_of(value: Any) -> str:
 
 def _stands_for_a_value(value: Any) -> bool:
     return hasattr(type(value), "__torch_function__") and not isinstance(value, Tensor)
+
+
+def _stands_for_a_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return torch.jit.is_tracing()
+    return isinstance(value, _SYMBOLS) or _stands_for_a_value(value)
 
 
 def _each_of(op: str, argument: str, what: str, values: Iterable) -> Sequence:

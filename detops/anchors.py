@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._device import DeviceContext
 
 from . import _library
+from ._checks import check_tensor_list, integers, kind_of, number, numbers
 from ._library import register_fake
 
 # Numbers of the metrics, as csrc/anchors/anchors.h counts them.
@@ -48,10 +50,10 @@ class _Cache:
         self._entries: OrderedDict = OrderedDict()
 
     def get(self, key, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if torch.compiler.is_compiling():
+        if not makes_plain_tensors():
             return make()
         entry = self._entries.pop(key, None)
-        if entry is None or any(t._version != version for t, version in zip(*entry, strict=True)):
+        if entry is None or any(t._version != version or t.requires_grad for t, version in zip(*entry, strict=True)):
             with torch.inference_mode(False), torch.no_grad():
                 made = make()
             entry = made, [t._version for t in made]
@@ -59,6 +61,18 @@ class _Cache:
         while len(self._entries) > self._size:
             self._entries.popitem(last=False)
         return entry[0]
+
+
+def makes_plain_tensors() -> bool:
+    """Whether torch's factories give tensors that mean the same to everybody: not under a compiler, a tracer, a
+    transform of torch.func or a mode, whose tensors are its own, and which takes no others."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active():
+        return False
+    # A default device is a mode too, but all of these calls name their device.
+    count = torch._C._len_torch_function_stack()
+    return all(type(torch._C._get_function_stack_at(place)) is DeviceContext for place in range(count))
 
 
 _cache = _Cache()
@@ -103,8 +117,11 @@ class AnchorGenerator(nn.Module):
         """For each feature map the number of anchors at each of its places."""
         return [len(s) * len(r) for s, r in zip(self.sizes, self.aspect_ratios, strict=True)]
 
+    def extra_repr(self) -> str:
+        return f"sizes={self.sizes}, aspect_ratios={self.aspect_ratios}"
+
     def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        height, width = image_list.tensors.shape[-2:]
+        height, width = _image_size("AnchorGenerator", image_list)
         grids = _grids_of("AnchorGenerator", feature_maps)
         if not all(h and w for h, w in grids):
             raise RuntimeError(f"AnchorGenerator: feature_maps must not be empty, got maps of {grids}")
@@ -153,17 +170,22 @@ def grid_anchors(
     if len(grids) != len(sizes):
         raise RuntimeError(f"{op}: feature_sizes must have one entry per sizes ({len(sizes)}), got {len(grids)}")
     _check_floating(op, dtype)
-    device = torch.device(device)
+    device = _device_of(device)
 
     def make() -> tuple[Tensor, ...]:
         levels = []
-        for (height, width), (down, right), scales, ratios in zip(grids, strides, sizes, aspect_ratios, strict=True):
+        for (height, width), pair, scales, ratios in zip(grids, strides, sizes, aspect_ratios, strict=True):
             cell = _cell_anchors(scales, ratios).to(dtype=dtype, device=device)
-            x = torch.arange(width, dtype=torch.int32, device=device) * right
-            y = torch.arange(height, dtype=torch.int32, device=device) * down
+            # Not in torch's default dtype. Whole pixels are added to halves as torchvision adds them.
+            whole = not any(isinstance(stride, float | torch.SymFloat) for stride in pair)
+            exact = torch.int32 if whole else torch.promote_types(torch.float32, dtype)
+            y, x = (
+                torch.arange(count, dtype=exact, device=device) * stride
+                for count, stride in zip((height, width), pair, strict=True)
+            )
             y, x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack((x, y, x, y), dim=-1).view(-1, 1, 4)
-            levels.append((shifts + cell).view(-1, 4))
+            levels.append((shifts + cell).to(dtype).view(-1, 4))
         return (torch.cat(levels) if levels else torch.empty(0, 4, dtype=dtype, device=device),)
 
     return _cache.get((op, grids, strides, sizes, aspect_ratios, dtype, device), make)[0]
@@ -210,24 +232,27 @@ class DefaultBoxGenerator(nn.Module):
         clip: bool = True,
     ) -> None:
         super().__init__()
+        op = "DefaultBoxGenerator"
+        aspect_ratios = tuple(numbers(op, "aspect_ratios", ratios) for ratios in aspect_ratios)
+        min_ratio, max_ratio = number(op, "min_ratio", min_ratio), number(op, "max_ratio", max_ratio)
         count = len(aspect_ratios)
         if steps is not None and len(steps) != count:
-            raise ValueError(f"DefaultBoxGenerator: steps must have one entry per map ({count}), got {len(steps)}")
+            raise ValueError(f"{op}: steps must have one entry per map ({count}), got {len(steps)}")
         if scales is None:
             scales = [min_ratio, max_ratio]
             if count > 1:
                 span = max_ratio - min_ratio
                 scales = [*(min_ratio + span * k / (count - 1.0) for k in range(count)), 1.0]
         if len(scales) < count + 1:
-            raise ValueError(f"DefaultBoxGenerator: scales must be {count + 1} numbers, got {len(scales)}")
-        self.aspect_ratios = tuple(tuple(float(ratio) for ratio in ratios) for ratios in aspect_ratios)
-        self.scales = tuple(float(scale) for scale in scales)
-        self.steps = None if steps is None else tuple(float(step) for step in steps)
-        self.clip = clip
-        numbers = {"aspect_ratios": sum(self.aspect_ratios, ()), "scales": self.scales, "steps": self.steps or ()}
-        for argument, values in numbers.items():
+            raise ValueError(f"{op}: scales must be {count + 1} numbers, got {len(scales)}")
+        self.aspect_ratios = tuple(tuple(map(float, ratios)) for ratios in aspect_ratios)
+        self.scales = tuple(map(float, numbers(op, "scales", scales)))
+        self.steps = None if steps is None else tuple(map(float, numbers(op, "steps", steps)))
+        self.clip = bool(clip)
+        options = {"aspect_ratios": sum(self.aspect_ratios, ()), "scales": self.scales, "steps": self.steps or ()}
+        for argument, values in options.items():
             if not _all_positive(values):
-                raise ValueError(f"DefaultBoxGenerator: {argument} must be positive and finite, got {values}")
+                raise ValueError(f"{op}: {argument} must be positive and finite, got {values}")
 
     def num_anchors_per_location(self) -> list[int]:
         """For each feature map the number of boxes at each of its places."""
@@ -237,13 +262,13 @@ class DefaultBoxGenerator(nn.Module):
         return f"aspect_ratios={self.aspect_ratios}, clip={self.clip}, scales={self.scales}, steps={self.steps}"
 
     def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+        image = _image_size("DefaultBoxGenerator", image_list)
         grids = tuple(_grids_of("DefaultBoxGenerator", feature_maps))
         first = feature_maps[0]
         if len(grids) != len(self.aspect_ratios):
             raise RuntimeError(
                 f"DefaultBoxGenerator: feature_maps must be {len(self.aspect_ratios)} maps, got {len(grids)}"
             )
-        image = tuple(image_list.tensors.shape[-2:])
         dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         key = ("default", grids, image, self.aspect_ratios, self.scales, self.steps, self.clip, dtype, first.device)
         (boxes,) = _cache.get(key, lambda: (self._boxes(grids, image, dtype).to(first.device),))
@@ -251,19 +276,20 @@ class DefaultBoxGenerator(nn.Module):
 
     def _boxes(self, grids, image, dtype: torch.dtype) -> Tensor:
         levels = []
+        single = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
         for k, (height, width) in enumerate(grids):
             rows, columns = height, width
             if self.steps is not None:
                 rows, columns = image[0] / self.steps[k], image[1] / self.steps[k]
-            x = ((torch.arange(width) + 0.5) / columns).to(dtype)
-            y = ((torch.arange(height) + 0.5) / rows).to(dtype)
+            x = ((torch.arange(width, **single) + 0.5) / columns).to(dtype)
+            y = ((torch.arange(height, **single) + 0.5) / rows).to(dtype)
             y, x = torch.meshgrid(y, x, indexing="ij")
-            sides = torch.tensor(self._sides(k), dtype=torch.float32)
+            sides = torch.tensor(self._sides(k), **single)
             sides = (sides.clamp(0, 1) if self.clip else sides).to(dtype)
             centres = torch.stack((x, y), dim=-1).view(-1, 1, 2).expand(-1, len(sides), 2)
             levels.append(torch.cat((centres, sides.expand(height * width, -1, 2)), dim=-1).view(-1, 4))
         boxes = torch.cat(levels)
-        extent, half = torch.tensor([image[1], image[0]]), 0.5 * boxes[:, 2:]
+        extent, half = torch.tensor([image[1], image[0]], device="cpu"), 0.5 * boxes[:, 2:]
         return torch.cat(((boxes[:, :2] - half) * extent, (boxes[:, :2] + half) * extent), dim=1)
 
     def _sides(self, k: int) -> list[tuple[float, float]]:
@@ -322,7 +348,7 @@ def point_anchors(
     grids, steps = _grids_and_strides(op, feature_sizes, strides)
     if any(down != right for down, right in steps):
         raise ValueError(f"{op}: strides must be one number per map, got {list(strides)}")
-    offset, device = float(offset), torch.device(device)
+    offset, device = float(number(op, "offset", offset)), _device_of(device)
     if not math.isfinite(offset):
         raise ValueError(f"{op}: offset must be finite, got {offset}")
     _check_floating(op, dtype)
@@ -530,38 +556,59 @@ def _best_sides(sizes: Tensor, anchors: Tensor, labels: Tensor, axis: int, order
 
 
 def _sizes_and_ratios(op: str, sizes: Sequence, aspect_ratios: Sequence) -> tuple[tuple, tuple]:
-    sizes = tuple(tuple(each) if isinstance(each, list | tuple) else (each,) for each in sizes)
+    sizes = tuple(numbers(op, "sizes", each if _is_sequence(each) else (each,)) for each in sizes)
     ratios = tuple(aspect_ratios)
-    if not ratios or not isinstance(ratios[0], list | tuple):
+    if not ratios or not _is_sequence(ratios[0]):
         ratios = (ratios,) * len(sizes)
-    ratios = tuple(map(tuple, ratios))
+    ratios = tuple(numbers(op, "aspect_ratios", each) for each in ratios)
     if len(sizes) != len(ratios):
         raise ValueError(f"{op}: aspect_ratios must have one entry per sizes ({len(sizes)}), got {len(ratios)}")
-    for argument, numbers in (("sizes", sizes), ("aspect_ratios", ratios)):
-        if not _all_positive(number for each in numbers for number in each):
-            raise ValueError(f"{op}: {argument} must be positive and finite, got {numbers}")
+    for argument, values in (("sizes", sizes), ("aspect_ratios", ratios)):
+        if not _all_positive(value for each in values for value in each):
+            raise ValueError(f"{op}: {argument} must be positive and finite, got {values}")
     return sizes, ratios
 
 
 def _grids_and_strides(op: str, feature_sizes: Sequence, strides: Sequence) -> tuple[tuple, tuple]:
-    grids = tuple(map(tuple, feature_sizes))
+    grids = tuple(integers(op, "feature_sizes", grid) for grid in feature_sizes)
     if not all(len(grid) == 2 and min(grid) >= 0 for grid in grids):
         raise ValueError(f"{op}: feature_sizes must be pairs of numbers of at least 0, got {list(feature_sizes)}")
-    pairs = tuple(tuple(each) if isinstance(each, list | tuple) else (each, each) for each in strides)
+    pairs = tuple(numbers(op, "strides", each if _is_sequence(each) else (each, each)) for each in strides)
     if len(pairs) != len(grids):
         raise RuntimeError(f"{op}: strides must have one entry per feature_sizes ({len(grids)}), got {len(pairs)}")
-    if not _all_positive(number for pair in pairs for number in pair):
+    if not all(len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{op}: strides must be a number or a pair for each map, got {list(strides)}")
+    if not _all_positive(stride for pair in pairs for stride in pair):
         raise ValueError(f"{op}: strides must be positive and finite, got {list(strides)}")
     return grids, pairs
 
 
+def _is_sequence(value) -> bool:
+    return isinstance(value, list | tuple) or getattr(value, "ndim", 0) > 0
+
+
+def _image_size(op: str, image_list) -> tuple[int, int]:
+    if not hasattr(image_list, "tensors") or not hasattr(image_list, "image_sizes"):
+        raise RuntimeError(f"{op}: image_list must have tensors and image_sizes, got {kind_of(image_list)}")
+    return tuple(image_list.tensors.shape[-2:])
+
+
 def _grids_of(op: str, feature_maps: Sequence[Tensor]) -> list[tuple[int, int]]:
+    check_tensor_list(op, "feature_maps", feature_maps)
     if len(feature_maps) == 0:
         raise RuntimeError(f"{op}: feature_maps must be at least one map, got none")
     for each in feature_maps:
         if each.ndim < 2:
             raise RuntimeError(f"{op}: feature_maps must have shape [B, C, h, w], got {list(each.shape)}")
     return [tuple(each.shape[-2:]) for each in feature_maps]
+
+
+def _device_of(device: torch.device | str) -> torch.device:
+    """With its index: which GPU is "cuda" may change between two calls."""
+    device = torch.device(device)
+    return (
+        device if device.index is not None or device.type in ("cpu", "meta") else torch.empty(0, device=device).device
+    )
 
 
 def _all_positive(numbers) -> bool:
@@ -575,7 +622,7 @@ def _check_floating(op: str, dtype: torch.dtype) -> None:
 
 def _cell_anchors(scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """[ratios * scales, 4] around 0, as torchvision rounds them."""
-    scales, ratios = torch.tensor(scales, dtype=torch.float32), torch.tensor(ratios, dtype=torch.float32)
+    scales, ratios = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (scales, ratios))
     heights = ratios.sqrt()
     widths = (1 / heights)[:, None] * scales
     heights = heights[:, None] * scales

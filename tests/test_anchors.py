@@ -8,6 +8,7 @@ import pytest
 import torch
 from inputs import NAN, to_numpy, to_torch
 from reference import anchors as reference
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import detops
 from detops import _library
@@ -390,3 +391,152 @@ def test_generators_refuse_maps_without_places():
             generator(images(64, 64), [])
         with pytest.raises(RuntimeError, match=rf"^{name}: feature_maps must have shape \[B, C, h, w\], got \[3\]"):
             generator(images(64, 64), [torch.empty(3)])
+
+
+# One cache for the process, whatever runs in it.
+
+
+def made_by_all(grid=(4, 6)):
+    """From all that the cache serves, on the CPU."""
+    one_map = maps(grid)
+    return [
+        detops.grid_anchors([grid], [8], [32], device="cpu"),
+        detops.grid_anchors([grid], [7.5], [32], device="cpu"),
+        *detops.point_anchors([grid], [8], device="cpu"),
+        detops.AnchorGenerator(((32,),))(images(64, 64, 1), one_map)[0],
+        detops.DefaultBoxGenerator([[2]])(images(64, 64, 1), one_map)[0],
+    ]
+
+
+MODES = {
+    "fake": torch._subclasses.FakeTensorMode,
+    "function": torch.overrides.BaseTorchFunctionMode,
+    "inference": torch.inference_mode,
+    "device": lambda: torch.device("meta"),
+}
+
+
+def run_in(mode, run):
+    if mode == "make_fx":
+        return make_fx(lambda x: [each + x for each in run()], tracing_mode="fake")(torch.zeros(1))
+    if mode == "functionalize":
+        return torch.func.functionalize(lambda x: [each + x for each in run()])(torch.zeros(1))
+    if mode == "vmap":
+        return torch.func.vmap(lambda x: [each + x for each in run()])(torch.zeros(2))
+    with MODES[mode]():
+        return run()
+
+
+@pytest.mark.parametrize("filled_before", [False, True])
+@pytest.mark.parametrize("mode", [*MODES, "make_fx", "functionalize", "vmap"])
+def test_the_cache_keeps_nothing_of_modes_and_gives_them_nothing(mode, filled_before, monkeypatch):
+    expected = [each.clone() for each in made_by_all()]
+    monkeypatch.setattr(detops.anchors, "_cache", detops.anchors._Cache())
+    if filled_before:
+        made_by_all()
+    if mode == "fake":
+        with torch._subclasses.FakeTensorMode():
+            found = made_by_all()
+            assert all(isinstance(each, torch._subclasses.FakeTensor) for each in found)
+            assert all(
+                (each + torch.zeros(1)).shape == other.shape for each, other in zip(found, expected, strict=True)
+            )
+    elif mode != "device":  # where maps have no values
+        run_in(mode, made_by_all)
+    else:
+        run_in(mode, lambda: [detops.grid_anchors([(4, 6)], [8], [32]), *detops.point_anchors([(4, 6)], [8])])
+    found = made_by_all()
+    assert all(type(each) is torch.Tensor and not each.is_inference() for each in found)
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, [each + 0 for each in found], expected))
+
+
+def test_a_gradient_that_one_caller_asks_for_is_not_everybodys():
+    detops.grid_anchors([(4, 7)], [8], [32]).requires_grad_()
+    assert not detops.grid_anchors([(4, 7)], [8], [32]).requires_grad
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_has_no_part_in_it(default, monkeypatch):
+    expected = made_by_all((40, 63))
+    monkeypatch.setattr(detops.anchors, "_cache", detops.anchors._Cache())
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        one_map = maps((40, 63))
+        found = [
+            detops.grid_anchors([(40, 63)], [8], [32]),
+            detops.grid_anchors([(40, 63)], [7.5], [32]),
+            *detops.point_anchors([(40, 63)], [8]),
+            detops.AnchorGenerator(((32,),))(images(64, 64, 1), one_map)[0],
+            detops.DefaultBoxGenerator([[2]])(images(64, 64, 1), one_map)[0],
+        ]
+    finally:
+        torch.set_default_dtype(before)
+    assert all(each.dtype == torch.float32 for each in found) and all(map(torch.equal, found, expected))
+
+
+def test_the_default_device_has_no_part_in_it(monkeypatch):
+    expected = made_by_all()
+    monkeypatch.setattr(detops.anchors, "_cache", detops.anchors._Cache())
+    one_map = maps((4, 6))
+    image_list = images(64, 64, 1)
+    with torch.device("meta"):
+        found = [
+            detops.grid_anchors([(4, 6)], [8], [32], device="cpu"),
+            detops.grid_anchors([(4, 6)], [7.5], [32], device="cpu"),
+            *detops.point_anchors([(4, 6)], [8], device="cpu"),
+            detops.AnchorGenerator(((32,),))(image_list, one_map)[0],
+            detops.DefaultBoxGenerator([[2]])(image_list, one_map)[0],
+        ]
+        assert detops.grid_anchors([(4, 6)], [8], [32], device="cpu") is found[0]
+        assert detops.yolo_anchors("v3").device.type == "cpu"
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_fractional_strides_keep_the_dtype(dtype):
+    anchors = detops.grid_anchors([(9, 50)], [7.1], [32], [1.0], dtype=dtype)
+    assert anchors.dtype == dtype
+    y, x = np.meshgrid(np.arange(9) * 7.1, np.arange(50) * 7.1, indexing="ij")
+    exact = torch.from_numpy(np.stack((x - 16, y - 16, x + 16, y + 16), -1).reshape(-1, 4))
+    torch.testing.assert_close(anchors.double(), exact, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+def test_sizes_stay_open_in_a_trace():
+    class Both(torch.nn.Module):
+        def forward(self, features):
+            (anchors,) = detops.AnchorGenerator(((32,),))(images(64, 64, 1), [features])
+            return anchors, *detops.point_anchors([features.shape[-2:]], [8])
+
+    traced = torch.jit.trace(Both(), torch.zeros(1, 1, 8, 8))
+    assert all(map(torch.equal, traced(torch.zeros(1, 1, 4, 16)), Both()(torch.zeros(1, 1, 4, 16))))
+
+
+def test_numbers_of_numpy():
+    grid, stride, array = np.array([3, 4]), np.int64(8), np.array([[32.0]])
+    expected = detops.grid_anchors([(3, 4)], [8], [32.0], [1.0], dtype=torch.float16)
+    assert detops.grid_anchors([grid], [stride], array, np.array([1.0]), dtype=torch.float16) is expected
+    assert detops.point_anchors([grid], [stride], np.float32(0.5)) == detops.point_anchors([(3, 4)], [8])
+    options = {"scales": np.array([0.25, 1.0]), "steps": np.array([32]), "clip": np.bool_(True)}
+    assert repr(detops.DefaultBoxGenerator(np.array([[2]]), **options)) == repr(
+        detops.DefaultBoxGenerator([[2]], scales=[0.25, 1.0], steps=[32])
+    )
+    assert repr(detops.AnchorGenerator(np.array([[32]]), np.array([[1.0]]))) == (
+        "AnchorGenerator(sizes=((32,),), aspect_ratios=((1.0,),))"
+    )
+    with pytest.raises(ValueError, match="^grid_anchors: feature_sizes must be an integer, got 2.5"):
+        detops.grid_anchors([(2.5, 1)], [8], [32])
+    with pytest.raises(ValueError, match="^point_anchors: strides must be a number, got None"):
+        detops.point_anchors([(2, 1)], [None])
+
+
+@pytest.mark.parametrize("name", ["AnchorGenerator", "DefaultBoxGenerator"])
+def test_generators_name_what_is_no_image_list_and_no_map(name):
+    generator = {"AnchorGenerator": detops.AnchorGenerator(((32,),))}.get(name, detops.DefaultBoxGenerator([[2]]))
+    with pytest.raises(RuntimeError, match=f"^{name}: image_list must have tensors and image_sizes, got None"):
+        generator(None, maps((1, 1)))
+    with pytest.raises(RuntimeError, match=rf"^{name}: feature_maps\[0\] must be a tensor, got a NumPy array"):
+        generator(images(64, 64), [np.zeros((1, 1, 2, 2))])
+    with pytest.raises(RuntimeError, match=f"^{name}: feature_maps must be a list of tensors, got a Tensor"):
+        generator(images(64, 64), torch.zeros(1, 1, 2, 2))

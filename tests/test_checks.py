@@ -77,6 +77,7 @@ def test_numbers_of_all_kinds(value):
     given = _checks.number("op", "eps", value)
     assert type(given) is float and given == 0.5
     assert _checks.numbers("op", "eps", (value, 2)) == (0.5, 2)
+    assert type(_checks.number("op", "eps", np.int64(2**60 + 1))) is int
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,11 @@ def test_symbols_stay_symbols():
 
     assert [compiled(torch.ones(size))[0].item() for size in (3, 4, 5)] == [3, 4, 5]
     assert graphs.frame_count == 1
+
+
+def test_sizes_stay_open_in_a_trace():
+    def grown(tensor):
+        return tensor.new_ones(_checks.integers("op", "sizes", tensor.shape)) * _checks.number("op", "k", len(tensor))
+
+    traced = torch.jit.trace(grown, torch.zeros(2, 3))
+    assert traced(torch.zeros(5, 4)).shape == (5, 4)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import detops
 
+from ..anchors import makes_plain_tensors
 from ._torchvision_ops import floating, instead_of, takes, takes_composed, within
 
 _UTILS = "torchvision.models.detection._utils"
@@ -96,12 +97,13 @@ def _generate_default_boxes(original, self, image_list, feature_maps):
 def _default_box_generator(generator):
     options = {name: getattr(generator, name) for name in ("aspect_ratios", "scales", "steps", "clip")}
     ours = detops.DefaultBoxGenerator(**options)
-    return ours, [torch.tensor(ours._sides(k)) for k in range(len(ours.aspect_ratios))]
+    single = {"dtype": torch.float32, "device": "cpu"}
+    return ours, [torch.tensor(ours._sides(k), **single) for k in range(len(ours.aspect_ratios))]
 
 
 def _makes_anchors_for(maps) -> bool:
     real = len(maps) > 0 and all(type(each) is Tensor and each.device.type != "meta" for each in maps)
-    return real and takes(*maps) and floating(*maps) and not torch.compiler.is_compiling()
+    return real and takes(*maps) and floating(*maps) and makes_plain_tensors()
 
 
 # By torchvision's generator: the options that were looked at, the tensors with their versions, and ours if they agree.
