@@ -1,114 +1,21 @@
-"""Builds detops._C from csrc/: all *.cpp files, and all *_cuda.cu files when CUDA kernels are wanted.
+"""Builds detops with its compiled library; build_backend/build_kernels.py says how, and by what it is steered."""
 
-Three environment variables steer it:
-  DETOPS_CUDA           "auto" (the default) builds the CUDA kernels if torch is a CUDA build and nvcc is found,
-                        "1" builds them beside any torch, "0" never.
-  TORCH_CUDA_ARCH_LIST  the GPU architectures, such as "8.0;9.0+PTX". By default that of the visible GPU, or else all.
-  DETOPS_CHECKED        "1": an access beyond a counted view (csrc/common/counted.h) or a vector ends the process.
-"""
-
-import os
 import sys
 from pathlib import Path
 
-import torch
-from setuptools import Extension, setup
-from torch.utils import cpp_extension
+from setuptools import setup
 
-ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "build_backend"))
-from cuda_toolkit import Toolkit, find_toolkit  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent / "build_backend"))
 
-EVERY_ARCHITECTURE = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+# A source distribution is files alone, and is made where there is no torch too.
+if {"sdist", "egg_info", "dist_info"} & set(sys.argv):
+    setup()
+else:
+    from build_kernels import BuildKernels, PlatformWheel, extension
 
-# One set of results everywhere: no contraction into fma, no reordering. The rest lets loops vectorise.
-HOST_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
-WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type"]
-NVCC_FLAGS = ["-O3", "-fmad=false"]
-STANDARD = "-std=c++17"
-
-
-def choose_cuda() -> tuple[Toolkit | None, str]:
-    """The toolkit to build CUDA kernels with, or None and why there will be none."""
-    wish = os.environ.get("DETOPS_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"DETOPS_CUDA must be auto, 0 or 1, got {wish!r}")
-    if wish == "0":
-        return None, "DETOPS_CUDA=0"
-    if wish == "auto" and torch.version.cuda is None:
-        return None, f"torch {torch.__version__} is no CUDA build; DETOPS_CUDA=1 builds them all the same"
-    toolkit = find_toolkit()
-    missing = "no nvcc of CUDA 12 or later was found: install the CUDA toolkit, or set CUDA_HOME"
-    if toolkit is None and wish == "1":
-        raise SystemExit(f"DETOPS_CUDA=1, but {missing}")
-    return toolkit, missing
-
-
-def choose_architectures(toolkit: Toolkit) -> str:
-    if chosen := os.environ.get("TORCH_CUDA_ARCH_LIST"):
-        return chosen
-    visible = {"{}.{}".format(*torch.cuda.get_device_capability(i)) for i in range(torch.cuda.device_count())}
-    if visible and visible <= set(toolkit.architectures):
-        return ";".join(sorted(visible, key=float))
-    return ";".join(name for name in EVERY_ARCHITECTURE if name in toolkit.architectures) + "+PTX"
-
-
-def files(pattern: str) -> list[str]:
-    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob(f"csrc/**/{pattern}"))
-
-
-def extension(toolkit: Toolkit | None) -> Extension:
-    sources = files("*.cpp")
-    # As system headers, torch's give no warnings.
-    torch_headers = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
-    host_flags = [*HOST_FLAGS, *WARNINGS, STANDARD, "-g0", *torch_headers]
-    nvcc_flags = [*NVCC_FLAGS, "-Xcompiler", ",".join([*HOST_FLAGS, *WARNINGS]), STANDARD, *torch_headers]
-    options = {"include_dirs": [str(ROOT / "csrc")], "define_macros": [("TORCH_TARGET_VERSION", "0x020a000000000000")]}
-    if os.environ.get("DETOPS_CHECKED") == "1":
-        options["define_macros"] += [("DETOPS_CHECKED", None), ("_GLIBCXX_ASSERTIONS", None)]
-    if toolkit:
-        sources += files("*_cuda.cu")
-        options["include_dirs"].append(toolkit.include_dir)
-        options["library_dirs"] = [toolkit.library_dir]
-        # The CUDA runtime goes into the library, so that it depends on no torch and no toolkit at run time.
-        options["libraries"] = ["cudart_static", "rt", "dl"]
-        options["define_macros"].append(("DETOPS_WITH_CUDA", None))
-    return cpp_extension.CppExtension(
-        "detops._C",
-        sources,
-        extra_compile_args={"cxx": host_flags, "nvcc": nvcc_flags},
-        py_limited_api=True,
-        **options,
+    setup(
+        ext_modules=[extension(BuildKernels.toolkit)],
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+        # Always ask ninja: setuptools does not see a changed header, another torch or another DETOPS_CUDA.
+        options={"build_ext": {"force": True}},
     )
-
-
-class BuildKernels(cpp_extension.BuildExtension):
-    toolkit, without_cuda = choose_cuda()
-
-    def build_extensions(self):
-        if self.toolkit:
-            architectures = choose_architectures(self.toolkit)
-            os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-            cpp_extension.CUDA_HOME = self.toolkit.root
-            # torch insists on a compiler of its own CUDA version. We link no CUDA library of torch's, so any will do.
-            torch.version.cuda = self.toolkit.version
-            self.define_text("DETOPS_CUDA_ARCHITECTURES", architectures)
-            built = f"with CUDA {self.toolkit.version} kernels for {architectures}"
-        else:
-            built = f"without CUDA kernels ({self.without_cuda})"
-        version = self.distribution.get_version()
-        self.define_text("DETOPS_VERSION", version)
-        super().build_extensions()
-        print(f"detops {version} was built against torch {torch.__version__} {built}", flush=True)
-
-    def define_text(self, name: str, text: str):
-        for each in self.extensions:
-            each.define_macros.append((name, f'"{text}"'))
-
-
-setup(
-    ext_modules=[extension(BuildKernels.toolkit)],
-    cmdclass={"build_ext": BuildKernels},
-    # Always ask ninja: setuptools does not see a changed header, another torch or another DETOPS_CUDA.
-    options={"bdist_wheel": {"py_limited_api": "cp310"}, "build_ext": {"force": True}},
-)

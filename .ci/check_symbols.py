@@ -1,6 +1,6 @@
 """Checks that a compiled library needs nothing of torch but the C functions of its stable ABI.
 
-    python .ci/check_symbols.py detops/_C.abi3.so
+    python .ci/check_symbols.py detops/_C.so
 
 Anything else (a C++ symbol of ATen or c10, a CUDA library) would tie the file to one build of torch.
 """

@@ -33,7 +33,10 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel
-get_requires_for_build_sdist = get_requires_for_build_wheel
+
+
+def get_requires_for_build_sdist(config_settings=None) -> list[str]:
+    return []  # files alone
 
 
 def _target_path() -> list[str]:

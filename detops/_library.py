@@ -1,4 +1,4 @@
-"""Loads the compiled library `_C.abi3.so` and hands out its ops.
+"""Loads the compiled library `_C.so` and hands out its ops.
 
 The wrappers call compiled ops as `_library.ops.nms(...)`, always through the module, so that `use_namespace` can put
 the emulated CUDA kernels (tests/emulation) in their place.
@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 from torch.autograd import forward_ad
 
-_PATH = Path(__file__).with_name("_C.abi3.so")
+_PATH = Path(__file__).with_name("_C.so")
 _REBUILD = "rebuild it with 'pip install .' in the source folder of detops"
 
 

@@ -14,7 +14,7 @@ from detops import _library
 from detops.__main__ import driver_verdict
 
 ROOT = Path(__file__).parents[1]
-LIBRARY = "_C.abi3.so"
+LIBRARY = "_C.so"
 OPS = _library.op_names()
 
 

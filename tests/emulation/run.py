@@ -89,7 +89,7 @@ def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[s
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": f"exitcode=66:halt_on_error={int(options.first)}",
     }
-    if (ROOT / "detops" / "_C.abi3.so").exists():
+    if (ROOT / "detops" / "_C.so").exists():
         every["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if small(options):
         every["DETOPS_TEST_SMALL"] = "1"
