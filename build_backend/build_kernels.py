@@ -85,7 +85,7 @@ def extension(toolkit: Toolkit | None) -> Extension:
         options["include_dirs"].append(toolkit.include_dir)
         options["library_dirs"] = [toolkit.library_dir]
         # The CUDA runtime goes into the library, so that it depends on no torch and no toolkit at run time.
-        options["libraries"] = ["cudart_static", "rt", "dl"]
+        options["libraries"] = ["cudart_static", "pthread", "rt", "dl"]
         options["define_macros"].append(("DETOPS_WITH_CUDA", None))
     return cpp_extension.CppExtension(
         "detops._C",

@@ -29,6 +29,8 @@ def get_requires_for_build_wheel(config_settings=None) -> list[str]:
     requirements = [] if torch else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
     if _cuda_wanted(torch) and find_toolkit() is None:
         requirements += _compiler_wheels(torch)
+    if os.environ.get("DETOPS_MANYLINUX"):
+        requirements.append("ziglang")  # the linker
     return requirements
 
 

@@ -1,4 +1,8 @@
-"""`python -m detops` prints what this installation is and what it can use on this machine."""
+"""`python -m detops` prints what this installation is and what it can use on this machine; with --json as JSON."""
+
+import argparse
+import json
+import signal
 
 import torch
 
@@ -30,22 +34,32 @@ def devices_of(op: str, info: dict) -> str:
     return ", ".join(devices)
 
 
-def main() -> None:
+def report() -> dict:
+    """What is printed, by its heading; under "ops" the devices of each op."""
     info = _library.build_info()
-    ops = _library.op_names()
-    rows = [
-        ("detops", f"{info['version']}, compiled by {info['compiler']}"),
-        ("torch", f"{torch.__version__}, built against {info['torch']}"),
-        ("CUDA kernels", f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "none"),
-        ("NVIDIA driver", driver_verdict(info)),
-        ("CPU code", f"{info['cpu']}, {torch.get_num_threads()} threads"),
-        ("ops", f"{len(ops)}"),
-    ]
-    width = max(len(name) for name in [row[0] for row in rows] + ["  " + op for op in ops])
+    return {
+        "detops": f"{info['version']}, compiled by {info['compiler']}",
+        "torch": f"{torch.__version__}, built against {info['torch']}",
+        "CUDA kernels": f"CUDA {info['cuda']} for {info['architectures']}" if info["cuda"] else "none",
+        "NVIDIA driver": driver_verdict(info),
+        "CPU code": f"{info['cpu']}, {torch.get_num_threads()} threads",
+        "ops": {op: devices_of(op, info) for op in _library.op_names()},
+    }
+
+
+def main() -> None:
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # quietly, where `head` has read enough
+    parser = argparse.ArgumentParser(prog="python -m detops", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print the report and the build's own figures as JSON")
+    if parser.parse_args().json:
+        print(json.dumps({**report(), "build": _library.build_info()}, indent=2))
+        return
+    lines = report()
+    ops = lines["ops"]
+    rows = [*lines.items(), *((f"  {op}", devices) for op, devices in ops.items())]
+    width = max(len(name) for name, _ in rows)
     for name, text in rows:
-        print(f"{name:{width}}  {text}")
-    for op in ops:
-        print(f"{'  ' + op:{width}}  {devices_of(op, info)}")
+        print(f"{name:{width}}  {len(text) if text is ops else text}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The compiled library: how it is found, what it says of itself, and that no op lacks its companions."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -139,6 +140,22 @@ def test_report_of_the_installation():
     assert report["ops"] == str(len(OPS))
     for op in OPS:
         assert report[op] == ("cpu, cuda" if info["cuda"] else "cpu")
+
+
+def test_report_as_json():
+    result = run_python("-m", "detops", "--json", path=Path(detops.__file__).parents[1])
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert report["build"] == _library.build_info()
+    assert report["detops"].startswith(detops.__version__)
+    assert sorted(report["ops"]) == OPS and all("cpu" in devices for devices in report["ops"].values())
+
+
+def test_report_to_a_reader_that_has_enough():
+    command = f"{sys.executable} -m detops | head -n 1; exit ${{PIPESTATUS[0]}}"
+    folder = Path(detops.__file__).parents[1]
+    result = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=120)
+    assert result.stdout.startswith("detops ") and result.stderr == ""
 
 
 @pytest.mark.parametrize(
