@@ -1,10 +1,11 @@
-"""Build the sdist and, from it, the wheel, and try that wheel under many versions of Python, torch and torchvision.
+"""Build the wheel for everybody, and try it under many versions of Python, torch and torchvision.
 
     python .ci/matrix.py                                        every Python that is found, every torch
     python .ci/matrix.py --python 3.11 3.13 --torch 2.10.0 newest
+    python .ci/matrix.py --wheel WHEEL                          with a wheel that is there
 
-Each environment is fresh and takes a minute or more. Ends with status 1 if one failed. Needs the package
-`build`, g++, and python3.10 to python3.13 where they are to be tried.
+Each environment is fresh and takes a minute or more. Prints the rows of docs/versions.md. Ends with status 1 if one
+failed. Needs what `python dev.py wheel` needs, and python3.10 to python3.13 where they are to be tried.
 """
 
 import argparse
@@ -13,12 +14,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-TORCHES = ["2.10.0", "2.11.0", "2.13.0", "newest"]
+TORCHES = ["2.10.0", "2.11.0", "2.13.0", "2.14.1", "newest"]
 FILES = ("library", "nms", "iou", "roi_align", "compat_torchvision")
 
 
@@ -41,15 +41,14 @@ def interpreter(version: str) -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """An sdist, and the wheel that it builds, with CUDA kernels if DETOPS_CUDA=1 is set. Returns the wheel."""
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
-    (sdist,), (wheel,) = folder.glob("*.tar.gz"), folder.glob("*.whl")
-    print(f"{sdist.name} ({sdist.stat().st_size >> 10} KB), {wheel.name} ({wheel.stat().st_size >> 10} KB)", flush=True)
+    """The wheel for everybody, with CUDA kernels unless DETOPS_CUDA=0 is set."""
+    run(sys.executable, ROOT / "dev.py", "wheel", folder)
+    (wheel,) = folder.glob("*.whl")
     return wheel
 
 
 def try_wheel(wheel: Path, python: str, torch: str, folder: Path) -> str:
-    """Installs the wheel beside that torch, calls its report and runs some tests; what it ran under."""
+    """Installs the wheel with that torch, calls its report and runs some tests; the row of what it ran under."""
     run(python, "-m", "venv", folder)
     pip = [folder / "bin" / "pip", "install", "-q"]
     run(*pip, "torch" if torch == "newest" else f"torch=={torch}", "torchvision", "numpy", "pytest", "hypothesis")
@@ -60,8 +59,8 @@ def try_wheel(wheel: Path, python: str, torch: str, folder: Path) -> str:
         cwd=ROOT,
         env={**os.environ, "DETOPS_EMULATION": "0", "DETOPS_TEST_DEVICES": "cpu"},
     )
-    version = run(folder / "bin" / "python", "-c", "import torch; print(torch.__version__)", cwd=folder).strip()
-    return f"torch {version}: {tests.strip().splitlines()[-1]}"
+    versions = "import torch, torchvision; print(torch.__version__, '|', torchvision.__version__)"
+    return f"{run(folder / 'bin' / 'python', '-c', versions, cwd=folder).strip()} | {tests.strip().splitlines()[-1]}"
 
 
 def main() -> int:
@@ -72,23 +71,24 @@ def main() -> int:
     args = parser.parse_args()
     failed, tried = False, 0
     with tempfile.TemporaryDirectory() as folder:
+        print("| Python | torch | torchvision | tests |\n| --- | --- | --- | --- |", flush=True)
         wheel = args.wheel or build(Path(folder))
         for version in args.python:
             python = interpreter(version)
+            if python is None:
+                print(f"Python {version} was not found", file=sys.stderr)
+                continue
             for torch in args.torch:
-                start = time.monotonic()
-                tried += python is not None
+                tried += 1
                 environment = Path(folder) / f"{version}-{torch}"
                 try:
-                    outcome = try_wheel(wheel, python, torch, environment) if python else "not tried: no such Python"
+                    outcome = try_wheel(wheel, python, torch, environment)
                 except RuntimeError as error:
                     failed = True
                     print(error, file=sys.stderr)
-                    outcome = "FAILED"
+                    outcome = f"{torch} | | failed"
                 shutil.rmtree(environment, ignore_errors=True)
-                print(f"Python {version}, {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
-    if not tried:
-        print("none of these versions of Python was found", file=sys.stderr)
+                print(f"| {version} | {outcome} |", flush=True)
     return int(failed or not tried)
 
 
