@@ -11,9 +11,12 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import TypeVar
 
 import torch
 from torch.autograd import forward_ad
+
+Result = TypeVar("Result")  # so that type checkers see through `register_result`
 
 _PATH = Path(__file__).with_name("_C.so")
 _REBUILD = "rebuild it with 'pip install .' in the source folder of detops"
@@ -94,7 +97,7 @@ def _check_one_device(name: str, arguments: tuple) -> None:
         raise RuntimeError(f"{name}: all tensors must be on one device, got {' and '.join(sorted(devices))}")
 
 
-def register_result(result: type) -> type:
+def register_result(result: type[Result]) -> type[Result]:
     """Decorates a NamedTuple: programs of torch.export that return it can be saved, and torch.load reads it."""
     serialized = f"{result.__module__}.{result.__name__}"
     torch.utils._pytree._register_namedtuple(result, serialized_type_name=serialized)

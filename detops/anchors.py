@@ -219,7 +219,7 @@ class DefaultBoxGenerator(nn.Module):
         [4, 6]
 
     Source: Liu et al., SSD, ECCV 2016; torchvision's DefaultBoxGenerator, with its boxes to the bit in float32 (of half
-    maps it rounds the centres).
+    maps, and where torch's default dtype is a half, it rounds the centres).
     """
 
     def __init__(

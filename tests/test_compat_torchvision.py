@@ -622,6 +622,21 @@ class TestLeftToTorchvision:
                 for one, other in zip(generator(images, maps), expected, strict=True):
                     assert torch.equal(one, other)
 
+    @pytest.mark.parametrize("kind", ["AnchorGenerator", "DefaultBoxGenerator"])
+    def test_anchors_under_a_tracer(self, torchvision, in_place, spied, kind):
+        from torch.fx.experimental.proxy_tensor import make_fx
+        from torchvision.models.detection import anchor_utils
+        from torchvision.models.detection.image_list import ImageList
+
+        images, maps = ImageList(torch.zeros(1, 3, 64, 96), [(64, 90)]), [torch.zeros(1, 1, 4, 6)]
+        options = {"AnchorGenerator": (((16,),), ((1.0,),)), "DefaultBoxGenerator": ([[2]],)}
+        generator = getattr(anchor_utils, kind)(*options[kind])
+        expected = generator(images, maps)
+        with in_place():
+            traced = make_fx(lambda each: generator(images, [each]))(*maps)
+            assert torch.equal(traced(*maps)[0], expected[0])
+        assert not spied & {"grid_anchors"}
+
     def test_anchors_may_be_changed_by_the_caller(self, torchvision, in_place):
         from torchvision.models.detection.anchor_utils import AnchorGenerator
         from torchvision.models.detection.image_list import ImageList
@@ -663,6 +678,19 @@ class TestWithoutTorchvision:
 
     def test_detops_does_not_import_it(self):
         done = self.run("import detops, sys; detops.compat.torchvision; assert 'torchvision' not in sys.modules")
+        assert done.returncode == 0, done.stderr
+
+    def test_is_a_module_that_can_be_called(self):
+        done = self.run(
+            "import types, sys\n"
+            "import detops.compat.torchvision\n"
+            "import detops.compat.torchvision as host\n"
+            "from detops.compat import torchvision\n"
+            "from detops.compat.torchvision import install, uninstall\n"
+            "assert host is torchvision is detops.compat.torchvision and isinstance(host, types.ModuleType)\n"
+            "assert callable(host) and host.install == install and 'torchvision' not in sys.modules\n"
+            "assert repr(host) == '<detops.compat.torchvision: not in place>' and 'torchvision' in host.__doc__\n"
+        )
         assert done.returncode == 0, done.stderr
 
     def test_the_error_is_clear(self):

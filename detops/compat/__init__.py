@@ -7,6 +7,13 @@
 See `detops.compat.torchvision`. Importing this imports nothing of theirs.
 """
 
-from ._torchvision import torchvision
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which knows no module that can be called
+    from ._host import Switch
+
+    torchvision: Switch
+else:
+    from . import torchvision
 
 __all__ = ["torchvision"]
