@@ -1,17 +1,15 @@
 """The build backend: setuptools, plus the search for the torch and the CUDA compiler that the build needs.
 
-pip builds in an isolated environment. Asking for torch there would fetch gigabytes, of another build than the user's;
-so the build uses the torch of the environment that detops is installed into, and asks for one only where there is none.
+Front ends build in an isolated environment. Asking for torch there would fetch gigabytes, of another build than the
+user's; so the build uses the torch of the environment that detops is installed into. pip says which one that is, and
+only where that has none is one asked for. Of others it is found as far as can be, or the build stops.
 """
 
-import json
 import os
-import runpy
-import subprocess
 import sys
-from pathlib import Path
 
 from cuda_toolkit import find_toolkit
+from find_torch import OLDEST_TORCH, search
 from setuptools.build_meta import (  # noqa: F401
     build_editable,
     build_sdist,
@@ -20,15 +18,18 @@ from setuptools.build_meta import (  # noqa: F401
     prepare_metadata_for_build_wheel,
 )
 
-OLDEST_TORCH = (2, 10)
 DEFAULT_CUDA = "13.0"  # the first whose compiler NVIDIA publishes as wheels; runs on every driver of CUDA 13
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
-    torch = _find_torch()
-    requirements = [] if torch else ["torch>=" + ".".join(map(str, OLDEST_TORCH))]
-    if _cuda_wanted(torch) and find_toolkit() is None:
-        requirements += _compiler_wheels(torch)
+    requirements = []
+    if FOUND.torch is None:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        if not FOUND.certain:
+            raise SystemExit(_where_torch_was_not_found(oldest))
+        requirements.append(f"torch>={oldest}")
+    if _cuda_wanted(FOUND.torch) and find_toolkit() is None:
+        requirements += _compiler_wheels(FOUND.torch)
     if os.environ.get("DETOPS_MANYLINUX"):
         requirements.append("ziglang")  # the linker
     return requirements
@@ -41,21 +42,16 @@ def get_requires_for_build_sdist(config_settings=None) -> list[str]:
     return []  # files alone
 
 
-def _target_path() -> list[str]:
-    """The import path of the environment to install into: pip isolates by PYTHON* variables, which -E ignores."""
-    command = [sys.executable, "-E", "-c", "import json, sys; print(json.dumps(sys.path[1:]))"]
-    return json.loads(subprocess.check_output(command, text=True))
-
-
-def _find_torch() -> dict | None:
-    """`version.py` of the torch to build against, without importing torch; None if there is none or it is too old."""
-    for folder in sys.path:
-        version_file = Path(folder, "torch", "version.py")
-        if version_file.exists():
-            found = runpy.run_path(str(version_file))
-            version = tuple(int(part) for part in found["__version__"].split(".")[:2])
-            return found if version >= OLDEST_TORCH else None
-    return None
+def _where_torch_was_not_found(oldest: str) -> str:
+    version = ".".join(map(str, sys.version_info[:2]))
+    return "\n  ".join(
+        [
+            f"detops: torch {oldest} or later for Python {version} must be there to build with. None was found in",
+            *(each.python for each in FOUND.looked_at),
+            "Install torch first. If it is in an environment that is not among these, install setuptools and ninja "
+            "there too, and pass --no-build-isolation.",
+        ]
+    )
 
 
 def _cuda_wanted(torch: dict | None) -> bool:
@@ -75,5 +71,6 @@ def _compiler_wheels(torch: dict | None) -> list[str]:
     return [f"{name}=={version}.*" for name in names] + [f"nvidia-cuda-cccl=={version.split('.')[0]}.*"]
 
 
+FOUND = search()
 # Behind the isolated packages, so that those win.
-sys.path += [folder for folder in _target_path() if folder not in sys.path]
+sys.path += [folder for folder in FOUND.looked_at[-1 if FOUND.torch else 0].path if folder not in sys.path]
