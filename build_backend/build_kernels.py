@@ -7,6 +7,7 @@ Environment variables steer it:
   DETOPS_MANYLINUX      the oldest glibc that the library is to run with, such as "2.28": the linker is then zig's (the
                         package ziglang), which knows the symbols of each glibc, and the wheel is named after it.
   DETOPS_CHECKED        "1": an access beyond a counted view (csrc/common/counted.h) or a vector ends the process.
+                        "address": AddressSanitizer and UndefinedBehaviorSanitizer too; tests/checked.py runs that.
 """
 
 import os
@@ -30,6 +31,7 @@ HOST_FLAGS = ["-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math
 WARNINGS = ["-Wall", "-Wextra", "-Werror=return-type"]
 NVCC_FLAGS = ["-O3", "-fmad=false"]
 STANDARD = "-std=c++17"
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 OLDEST_GLIBC = os.environ.get("DETOPS_MANYLINUX")
 
@@ -78,8 +80,14 @@ def extension(toolkit: Toolkit | None) -> Extension:
         # g++'s runtime, not zig's: exceptions pass from this library through torch's.
         options["extra_link_args"] = [gcc_file("libstdc++.so"), gcc_file("libgcc_s.so.1"), "-lm"]
         options["libraries"] = ["dl"]
-    if os.environ.get("DETOPS_CHECKED") == "1":
+    checked = os.environ.get("DETOPS_CHECKED", "0")
+    if checked not in ("0", "1", "address"):
+        raise SystemExit(f"DETOPS_CHECKED must be 0, 1 or address, got {checked!r}")
+    if checked != "0":
         options["define_macros"] += [("DETOPS_CHECKED", None), ("_GLIBCXX_ASSERTIONS", None)]
+    if checked == "address":
+        host_flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
+        options.setdefault("extra_link_args", []).extend(SANITIZERS)
     if toolkit:
         sources += files("*_cuda.cu")
         options["include_dirs"].append(toolkit.include_dir)

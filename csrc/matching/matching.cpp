@@ -196,7 +196,8 @@ class MaxIouMatching {
         gts_(inputs.gt_boxes.const_data_ptr<T>(), bool_data(inputs.gt_valid), inputs.images, inputs.gts,
              [](const Box<T>& gt) { return can_overlap(gt, box_area(gt)); }),
         regions_(inputs.ignore_boxes ? inputs.ignore_boxes->const_data_ptr<T>() : nullptr,
-                 bool_data(inputs.ignore_valid), inputs.images, inputs.regions, can_cover<T>),
+                 bool_data(inputs.ignore_valid), inputs.images, inputs.regions,
+                 [](const Box<T>& region) { return can_cover(region); }),
         length_(chunk_length(inputs.gts, kChunk)),
         chunks_(ceil_div(inputs.anchor_count, length_)) {
     if (!options.allow_low_quality) return;

@@ -67,9 +67,22 @@ def small(options: argparse.Namespace) -> bool:
     return options.sanitize == "thread"
 
 
+def sanitizer_environment(sanitize: str, poison: int) -> dict[str, str]:
+    """What Python needs to run with a library that was built so; unwritten memory is filled with the poison."""
+    options = [
+        "detect_leaks=0",  # Python keeps memory to its end
+        "handle_segv=2",  # not faulthandler: it knows less
+        "allocator_may_return_null=1",  # some tests ask for more than there is
+        f"max_malloc_fill_size={1 << 30}:malloc_fill_byte={poison}",
+    ]
+    preloaded = {"LD_PRELOAD": " ".join(map(compiler_file, PRELOADED[sanitize]))} if sanitize in PRELOADED else {}
+    return {**preloaded, "ASAN_OPTIONS": ":".join(options), "UBSAN_OPTIONS": "print_stacktrace=1"}
+
+
 def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[str, str]:
     every = {
         **os.environ,
+        **sanitizer_environment(options.sanitize, options.poison),
         "DETOPS_TEST_DEVICES": "emulated",
         "DETOPS_EMULATED_LIBRARY": str(library),
         "DETOPS_EMULATED_KERNELS": str(log),
@@ -78,23 +91,12 @@ def environment(library: Path, log: Path, options: argparse.Namespace) -> dict[s
         "OMP_NUM_THREADS": "1",  # fibers and threads of a pool do not mix well, and reports should be about fibers
         # What torch allocates is filled as well: by the C library, which cannot write 0xFF, or by the sanitizer.
         "MALLOC_PERTURB_": str(options.poison ^ 0xFF or 1),
-        "ASAN_OPTIONS": ":".join(
-            [
-                "detect_leaks=0",  # Python keeps memory to its end
-                "handle_segv=2",  # not faulthandler: it knows less
-                "allocator_may_return_null=1",  # some tests ask for more than there is
-                f"max_malloc_fill_size={1 << 30}:malloc_fill_byte={options.poison}",
-            ]
-        ),
-        "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": f"exitcode=66:halt_on_error={int(options.first)}",
     }
     if (ROOT / "detops" / "_C.so").exists():
         every["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     if small(options):
         every["DETOPS_TEST_SMALL"] = "1"
-    if options.sanitize in PRELOADED:
-        every["LD_PRELOAD"] = " ".join(map(compiler_file, PRELOADED[options.sanitize]))
     return every
 
 
