@@ -42,7 +42,7 @@ MOST_ENDS = 3  # of the process in a function; then it is left out
 
 
 def work(options: argparse.Namespace, say) -> None:
-    """Calls the targets in turn with ascending seeds, its share of them, until it is ended."""
+    """Calls the targets in turn with ascending seeds, its share of them, until it is ended or all are left out."""
     from fuzz_arguments import targets
 
     every = targets()
@@ -50,6 +50,8 @@ def work(options: argparse.Namespace, say) -> None:
     with kernels(options.device):
         for step in range(options.first, sys.maxsize, options.workers):
             name, seed = names[step % len(names)], options.seed + step // len(names)
+            if set(names) <= set(options.without):
+                return
             if name in options.without:
                 continue
             say(f"call {step} {name} {seed}")
@@ -334,6 +336,8 @@ def watch(first: int, report: Report) -> None:
                         call = None
             timer.cancel()
             status = worker.wait()
+            if status == 0:
+                return
             if report.left() > 0:
                 stderr.seek(0)
                 text = stderr.read()
@@ -373,6 +377,7 @@ def main() -> int:
         prepare_worker(options)
         channel = os.fdopen(options.worker, "w", buffering=1)
         work(options, lambda text: channel.write(text + "\n"))
+        return 0
     if options.call:
         from fuzz_arguments import targets
 

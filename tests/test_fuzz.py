@@ -85,7 +85,7 @@ def test_a_call_that_ends_the_process_is_named(tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import detops, os\ndef nms(boxes, scores, iou_threshold):\n    os.abort()\ndetops.nms = nms\n"
     )
-    command = [sys.executable, fuzz.__file__, "--only", "nms", "--seconds", "60", "--workers", "1", "--seed", "5"]
+    command = [sys.executable, fuzz.__file__, "--only", "nms", "--seconds", "100", "--workers", "1", "--seed", "5"]
     result = subprocess.run(command, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True, timeout=200)
     assert result.returncode == 1
     assert "nms: the process ended with status -6" in result.stdout
