@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._checks import check_optional_tensors, check_tensors, integer, integers, number
 from ._library import register_fake
 from .linear_sum_assignment import linear_sum_assignment as linear_sum_assignment  # of this family too
 from .linear_sum_assignment import match_detr as match_detr
@@ -90,7 +91,11 @@ def match_max_iou(
     ignore regions are ignored in images without boxes too.
     """
     op = "match_max_iou"
-    _check_thresholds(op, high_threshold, low_threshold)
+    check_tensors(op, anchors=anchors, gt_boxes=gt_boxes)
+    check_optional_tensors(op, gt_valid=gt_valid, ignore_boxes=ignore_boxes, ignore_valid=ignore_valid)
+    high_threshold, low_threshold = _thresholds(op, high_threshold, low_threshold)
+    low_quality_min_iou = number(op, "low_quality_min_iou", low_quality_min_iou)
+    ignore_threshold = number(op, "ignore_threshold", ignore_threshold)
     if low_quality not in ("own_argmax", "this_gt"):
         raise ValueError(f"{op}: low_quality must be 'own_argmax' or 'this_gt', got {low_quality!r}")
     if low_quality_min_iou != low_quality_min_iou:
@@ -107,10 +112,10 @@ def match_max_iou(
             gt_valid,
             high_threshold,
             low_threshold,
-            allow_low_quality_matches,
+            bool(allow_low_quality_matches),
             low_quality == "this_gt",
             low_quality_min_iou,
-            low_quality_all_ties,
+            bool(low_quality_all_ties),
             ignore_boxes,
             ignore_valid,
             ignore_threshold,
@@ -153,12 +158,12 @@ class Matcher:
     BETWEEN_THRESHOLDS = -2
 
     def __init__(self, high_threshold: float, low_threshold: float, allow_low_quality_matches: bool = False) -> None:
-        _check_thresholds("Matcher", high_threshold, low_threshold)
-        self.high_threshold = high_threshold
-        self.low_threshold = low_threshold
-        self.allow_low_quality_matches = allow_low_quality_matches
+        self.high_threshold, self.low_threshold = _thresholds("Matcher", high_threshold, low_threshold)
+        self.allow_low_quality_matches = bool(allow_low_quality_matches)
 
     def __call__(self, match_quality_matrix: Tensor) -> Tensor:
+        if not isinstance(match_quality_matrix, Tensor):
+            check_tensors("Matcher", match_quality_matrix=match_quality_matrix)
         return _library.ops.matcher(
             match_quality_matrix.detach(), self.high_threshold, self.low_threshold, self.allow_low_quality_matches
         )
@@ -193,6 +198,9 @@ def match_ssd(anchors: Tensor, gt_boxes: Tensor, gt_valid: Tensor | None = None,
 
     Source: torchvision's SSDMatcher; Liu et al., "SSD: Single Shot MultiBox Detector", ECCV 2016.
     """
+    check_tensors("match_ssd", anchors=anchors, gt_boxes=gt_boxes)
+    check_optional_tensors("match_ssd", gt_valid=gt_valid)
+    threshold = number("match_ssd", "threshold", threshold)
     if threshold != threshold:
         raise ValueError("match_ssd: threshold must be a number, got nan")
     return match_max_iou(
@@ -243,7 +251,11 @@ def assign_atss(
     Source: Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection via Adaptive Training Sample
     Selection", CVPR 2020; mmdetection's ATSSAssigner, which leaves ties of the distance open.
     """
-    anchors, gt_boxes = _share_dtype("assign_atss", anchors=anchors, gt_boxes=gt_boxes)
+    op = "assign_atss"
+    check_tensors(op, anchors=anchors, gt_boxes=gt_boxes)
+    check_optional_tensors(op, gt_valid=gt_valid)
+    level_sizes, topk = integers(op, "level_sizes", level_sizes), integer(op, "topk", topk)
+    anchors, gt_boxes = _share_dtype(op, anchors=anchors, gt_boxes=gt_boxes)
     return Matches(*_library.ops.assign_atss(anchors, level_sizes, gt_boxes, gt_valid, topk))
 
 
@@ -296,11 +308,14 @@ def sample_matches(
     from the same random state.
     """
     op = "sample_matches"
+    indices = matches.indices if isinstance(matches, Matches) else matches
+    check_tensors(op, matches=indices)
+    batch_size_per_image = integer(op, "batch_size_per_image", batch_size_per_image)
+    positive_fraction = number(op, "positive_fraction", positive_fraction)
     if batch_size_per_image < 0:
         raise ValueError(f"{op}: batch_size_per_image must be at least 0, got {batch_size_per_image}")
     if not 0 <= positive_fraction <= 1:
         raise ValueError(f"{op}: positive_fraction must be from 0 to 1, got {positive_fraction}")
-    indices = matches.indices if isinstance(matches, Matches) else matches
     # Without a generator by another overload: with one, torch.export knows no sizes that vary.
     given = {} if generator is None else {"generator": generator}
     keys = torch.randint(-(2**31), 2**31, indices.shape, dtype=torch.int32, device=indices.device, **given)
@@ -308,14 +323,17 @@ def sample_matches(
     return Samples(*_library.ops.sample_matches(indices, keys, batch_size_per_image, most_positives))
 
 
-def _check_thresholds(op: str, high_threshold: float, low_threshold: float) -> None:
+def _thresholds(op: str, high_threshold: float, low_threshold: float) -> tuple[float, float]:
     for name, each in (("high_threshold", high_threshold), ("low_threshold", low_threshold)):
         if isinstance(each, list | tuple):  # detectron2's form
             raise ValueError(f"{op}: {name} must be a number, got {each}")
+    high_threshold = number(op, "high_threshold", high_threshold)
+    low_threshold = number(op, "low_threshold", low_threshold)
     if not low_threshold <= high_threshold:  # so that NaN fails too
         raise ValueError(
             f"{op}: high_threshold must be at least low_threshold, got {high_threshold} and {low_threshold}"
         )
+    return high_threshold, low_threshold
 
 
 def _share_dtype(op: str, **arguments: Tensor | None) -> list[Tensor | None]:
