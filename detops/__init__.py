@@ -68,6 +68,7 @@ from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
 from .yolo import (
     SimOTATargets,
     TaskAlignedAssigner,
+    TaskAlignedMetrics,
     TaskAlignedTargets,
     YoloGridBoxes,
     Yolov3Targets,
@@ -103,6 +104,7 @@ __all__ = [
     "Samples",
     "SimOTATargets",
     "TaskAlignedAssigner",
+    "TaskAlignedMetrics",
     "TaskAlignedTargets",
     "YoloGridBoxes",
     "YoloPredictions",

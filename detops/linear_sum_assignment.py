@@ -4,27 +4,38 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._checks import check_optional_tensors, check_tensors, number
 from ._library import register_fake
 
+_INVALID = {"forbid": 0, "raise": 1, "last": 2}
 
-def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None) -> Tensor:
+
+def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None, *, invalid: str = "forbid") -> Tensor:
     """For each target its query, such that the sum of the costs is least: the Hungarian matching of a whole batch.
 
     Args:
         cost: [B, Q, T]: of query q for target t. Computed in float64, whatever the dtype. +inf forbids a pair.
         num_targets: [B] int64: only the first so many targets of each problem take part; all T if None. What is beyond
             may hold anything, NaN too.
+        invalid: what costs do that are NaN or infinite, on every device alike.
+            "forbid": NaN and -inf forbid a pair as +inf does.
+            "raise": NaN and -inf raise an error, +inf forbids. It looks at the costs, so that it waits for a GPU and
+            does not go into a CUDA graph.
+            "last": nothing is forbidden; pairs of such costs are taken where nothing else is left.
 
     Returns:
         int64 [B, T]: the query of each target; -1 for targets beyond `num_targets`, for those left over where there are
-        more targets than queries, and for those that only forbidden pairs are left for. As many targets as possible
-        have a query; among the ways to do so, the cheapest is taken.
+        more targets than queries, and for those that only forbidden pairs are left for: with "last" for none of these.
+        As few pairs as possible are invalid (forbidden, or last); among the ways to do so, the one is taken in which
+        the sum of the other costs is least. No large number stands for infinity in that.
 
     Ties: where several assignments cost the same, the same one is found on every device and every run. No gradient. On
-    a GPU there is no host synchronisation: NaN and -inf count as +inf there, and `num_targets` is clamped to [0, T].
+    a GPU there is no host synchronisation but with "raise", and `num_targets` is clamped to [0, T].
 
     Raises:
-        RuntimeError: wrong shapes, dtypes or devices; on the CPU also NaN or -inf costs, or `num_targets` out of range.
+        ValueError: unknown `invalid`.
+        RuntimeError: wrong shapes, dtypes or devices; with "raise" NaN or -inf costs; on the CPU `num_targets` out of
+            range.
 
     Example:
         >>> cost = torch.tensor([[[1., 2.], [1., 4.], [9., 9.]]])
@@ -32,13 +43,17 @@ def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None) -> Te
         tensor([[1, 0]])
 
     Source: scipy.optimize.linear_sum_assignment, which takes one matrix, returns (rows, columns), and raises where a
-    target cannot be matched. Jonker and Volgenant, "A shortest augmenting path algorithm", Computing 38, 1987.
+    target cannot be matched, at NaN and at -inf. Jonker and Volgenant, "A shortest augmenting path algorithm",
+    Computing 38, 1987.
     """
-    _library.refuse_complex("linear_sum_assignment", "cost", cost)
+    op = "linear_sum_assignment"
+    check_tensors(op, cost=cost)
+    check_optional_tensors(op, num_targets=num_targets)
+    _library.refuse_complex(op, "cost", cost)
     cost = cost.detach()
     if not cost.is_floating_point():
         cost = cost.to(torch.float64)
-    return _library.ops.linear_sum_assignment(cost, num_targets)
+    return _library.ops.linear_sum_assignment(cost, num_targets, _invalid(op, invalid))
 
 
 def match_detr(
@@ -55,12 +70,14 @@ def match_detr(
     alpha: float = 0.25,
     gamma: float = 2.0,
     fmt: str = "cxcywh",
+    invalid: str = "forbid",
 ) -> Tensor:
     """DETR's bipartite matching: for each ground-truth box the query that is to predict it, at the least total cost.
 
     cost = l1_weight * L1 + class_weight * class - giou_weight * GIoU, with the L1 distance of (cx, cy, w, h) and
     class = -softmax(logits)[label] ("softmax"), or with p = sigmoid(logit of the label)
-    class = alpha (1 - p)^gamma (-log(p + 1e-8)) - (1 - alpha) p^gamma (-log(1 - p + 1e-8)) ("focal").
+    class = alpha (1 - p)^gamma (-log(p + 1e-8)) - (1 - alpha) p^gamma (-log(1 - p + 1e-8)) ("focal"). Two boxes without
+    area have IoU 0 here; their GIoU is 0 where the smallest box around both has no area either, else -1.
 
     Args:
         logits: [B, Q, C], floating. With "softmax" C counts the class "no object" too.
@@ -72,18 +89,21 @@ def match_detr(
         class_weight, l1_weight, giou_weight: of the parts of the cost.
         alpha, gamma: of the focal cost; gamma at least 0.
         fmt: "cxcywh" or "xyxy".
+        invalid: what becomes of pairs whose cost is NaN or infinite, as of a NaN logit: "forbid", "raise" or "last", as
+            in `linear_sum_assignment`; with "last" as Hugging Face's matchers have it.
 
     Returns:
-        int64 [B, M]: the query of each box; -1 for rows that are not valid, and for the boxes left over where there are
-        more than queries.
+        int64 [B, M]: the query of each box; -1 for rows that are not valid, for the boxes left over where there are
+        more than queries, and for those that only forbidden pairs are left for.
 
     Half inputs are computed in float32; the class cost is computed in float64 and rounded. Ties as
-    `linear_sum_assignment`. No gradient. On a GPU there is no host synchronisation: a pair whose cost is NaN, and a box
-    with a label out of range, are forbidden there.
+    `linear_sum_assignment`. No gradient. On a GPU there is no host synchronisation but with "raise": a box with a label
+    out of range counts as not valid there.
 
     Raises:
-        ValueError: unknown `class_cost` or `fmt`, a weight that is not finite, or gamma below 0.
-        RuntimeError: wrong shapes, dtypes or devices; on the CPU also labels out of range and costs that are NaN.
+        ValueError: unknown `class_cost`, `fmt` or `invalid`, a weight that is not finite, or gamma below 0.
+        RuntimeError: wrong shapes, dtypes or devices; with "raise" costs that are NaN or -inf; on the CPU labels out of
+            range.
 
     Example:
         >>> logits = torch.tensor([[[4., 0., 0.], [0., 4., 0.], [0., 0., 4.]]])
@@ -100,12 +120,16 @@ def match_detr(
     if fmt not in ("cxcywh", "xyxy"):
         raise ValueError(f"{op}: fmt must be 'cxcywh' or 'xyxy', got {fmt!r}")
     weights = {"class_weight": class_weight, "l1_weight": l1_weight, "giou_weight": giou_weight, "alpha": alpha}
+    weights = {name: number(op, name, weight) for name, weight in weights.items()}
     for name, weight in weights.items():
         if not -float("inf") < weight < float("inf"):
             raise ValueError(f"{op}: {name} must be finite, got {weight}")
+    gamma = number(op, "gamma", gamma)
     if not 0 <= gamma < float("inf"):
         raise ValueError(f"{op}: gamma must be finite and at least 0, got {gamma}")
     tensors = {"logits": logits, "boxes": boxes, "gt_boxes": gt_boxes, "gt_labels": gt_labels}
+    check_tensors(op, **tensors)
+    check_optional_tensors(op, gt_valid=gt_valid)
     for name, each in tensors.items():
         _library.refuse_complex(op, name, each)
     double = torch.float64 in (logits.dtype, boxes.dtype, gt_boxes.dtype)
@@ -115,12 +139,18 @@ def match_detr(
         gt_labels = gt_labels.long()
     return _library.ops.match_detr(
         *(logits, boxes, gt_boxes, gt_labels, gt_valid, class_cost == "focal"),
-        *(class_weight, l1_weight, giou_weight, alpha, gamma, fmt == "xyxy"),
+        *(*weights.values(), gamma, fmt == "xyxy", _invalid(op, invalid)),
     )
 
 
+def _invalid(op: str, invalid: str) -> int:
+    if invalid not in _INVALID:
+        raise ValueError(f"{op}: invalid must be 'forbid', 'raise' or 'last', got {invalid!r}")
+    return _INVALID[invalid]
+
+
 @register_fake("linear_sum_assignment")
-def _(cost: Tensor, num_targets: Tensor | None) -> Tensor:
+def _(cost: Tensor, num_targets: Tensor | None, *options) -> Tensor:
     return cost.new_empty(cost.shape[0], cost.shape[2], dtype=torch.int64)
 
 

@@ -5,7 +5,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import _library
+from ._checks import check_optional_tensors, check_tensors, integer, number
 from ._library import register_fake
+
+_RADIUS = {"yolox": 1.5, "mmdet": 2.5}
 
 
 @_library.register_result
@@ -26,7 +29,7 @@ class SimOTATargets(NamedTuple):
 
 def assign_simota(
     pred_logits: Tensor,
-    pred_objectness: Tensor,
+    pred_objectness: Tensor | None,
     pred_boxes: Tensor,
     anchor_points: Tensor,
     anchor_strides: Tensor,
@@ -34,10 +37,11 @@ def assign_simota(
     gt_labels: Tensor,
     gt_valid: Tensor,
     *,
-    center_radius: float = 1.5,
+    center_radius: float | None = None,
     topk: int = 10,
     iou_weight: float = 3.0,
     dense_scores: bool = True,
+    rule: str = "yolox",
 ) -> SimOTATargets:
     """Gives each ground-truth box its cheapest anchors, as many as its predictions already overlap it well.
 
@@ -47,19 +51,25 @@ def assign_simota(
     k = max(1, floor(sum of its topk largest IoUs)) cheapest candidates. What several gts claim goes to the one of
     lowest cost. The target score is the IoU of predicted box and gt, on the gt's class.
 
+    That is `rule="yolox"`. By MMDetection's, "mmdet", candidates are near a gt's centre or inside of its box, and it is
+    1e5 that is added unless the anchor is both for this gt. It takes probabilities, whose product with the objectness
+    stands in the place of the square root, and has 1e-7 in that of 1e-8.
+
     Args:
-        pred_logits: [B, A, C] of the classes, floating; any strides.
-        pred_objectness: [B, A] logits, of the same dtype.
+        pred_logits: [B, A, C] of the classes, floating; any strides. With "mmdet" probabilities, taken as 0 to 1.
+        pred_objectness: [B, A] logits, of the same dtype. With "mmdet" probabilities, or None where `pred_logits` has
+            them in it already.
         pred_boxes: [B, A, 4] xyxy in pixels.
         anchor_points: [A, 2] x, y in pixels, in any order: the centres of the cells.
         anchor_strides: [A] in pixels.
         gt_boxes: [B, M, 4] xyxy in pixels.
         gt_labels: [B, M] int64, from 0 to C - 1.
         gt_valid: [B, M] bool: which rows take part; see `pad_ground_truth`.
-        center_radius: in strides.
+        center_radius: in strides; None is 1.5, with "mmdet" 2.5.
         topk: how many IoUs are summed, the most anchors of a gt; up to 32.
         iou_weight: of the IoU cost, at least 0.
         dense_scores: scores as [B, A, C]; otherwise [B, A], one value an anchor.
+        rule: "yolox" or "mmdet", see above.
 
     Returns:
         `SimOTATargets(labels [B, A], boxes [B, A, 4], scores, foreground [B, A], gt_indices [B, A])`. Costs are
@@ -85,18 +95,33 @@ def assign_simota(
         tensor([[ 1, -1, -1]])
 
     Source: Ge et al., "YOLOX: Exceeding YOLO Series in 2021", and its code (the defaults), which raises where an image
-    has no candidate, and leaves ties open.
+    has no candidate, and leaves ties open; MMDetection's SimOTAAssigner ("mmdet"), which leaves them open too.
     """
+    op = "assign_simota"
+    if rule not in _RADIUS:
+        raise ValueError(f"{op}: rule must be 'yolox' or 'mmdet', got {rule!r}")
+    center_radius = number(op, "center_radius", _RADIUS[rule] if center_radius is None else center_radius)
+    topk, iou_weight = integer(op, "topk", topk), number(op, "iou_weight", iou_weight)
     if not 0 < center_radius < float("inf"):
-        raise ValueError(f"assign_simota: center_radius must be finite and above 0, got {center_radius}")
+        raise ValueError(f"{op}: center_radius must be finite and above 0, got {center_radius}")
     if not 1 <= topk <= 32:
-        raise ValueError(f"assign_simota: topk must be from 1 to 32, got {topk}")
+        raise ValueError(f"{op}: topk must be from 1 to 32, got {topk}")
     if not 0 <= iou_weight < float("inf"):
-        raise ValueError(f"assign_simota: iou_weight must be finite and at least 0, got {iou_weight}")
+        raise ValueError(f"{op}: iou_weight must be finite and at least 0, got {iou_weight}")
+    check_tensors(op, pred_logits=pred_logits)
+    check = check_tensors if rule == "yolox" else check_optional_tensors
+    check(op, pred_objectness=pred_objectness)
+    check_tensors(
+        op, pred_boxes=pred_boxes, anchor_points=anchor_points, anchor_strides=anchor_strides, gt_boxes=gt_boxes,
+        gt_labels=gt_labels, gt_valid=gt_valid,
+    )  # fmt: skip
+    if pred_objectness is None:
+        pred_objectness = pred_logits.new_ones(()).expand(pred_logits.shape[:2])
     return SimOTATargets(
         *_library.ops.assign_simota(
             *(each.detach() for each in (pred_logits, pred_objectness, pred_boxes, anchor_points, anchor_strides)),
             *(gt_boxes.detach(), gt_labels, gt_valid, center_radius, topk, iou_weight, dense_scores),
+            int(rule == "mmdet"),
         )
     )
 
@@ -105,7 +130,7 @@ def assign_simota(
 def _(
     pred_logits: Tensor, pred_objectness: Tensor, pred_boxes: Tensor, anchor_points: Tensor, anchor_strides: Tensor,
     gt_boxes: Tensor, gt_labels: Tensor, gt_valid: Tensor, center_radius: float, topk: int, iou_weight: float,
-    dense_scores: bool,
+    dense_scores: bool, rule: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     per_anchor = pred_logits.shape[:2]
     return (

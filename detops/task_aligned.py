@@ -1,12 +1,15 @@
 """Task-aligned assignment, the target assignment of TOOD and of YOLOv8 and later. Users import from `detops.yolo`."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
 
 from . import _library
+from ._checks import check_tensors, integer, number, numbers
 from ._library import register_fake
+from .iou import box_iou, complete_box_iou
 
 
 @_library.register_result
@@ -25,6 +28,34 @@ class TaskAlignedTargets(NamedTuple):
     """[B, A] int64: the anchor's row of `gt_boxes`; -1 for background."""
 
 
+@_library.register_result
+class TaskAlignedMetrics(NamedTuple):
+    """`TaskAlignedTargets` and what they were decided on; see `assign_task_aligned(..., with_metrics=True)`."""
+
+    labels: Tensor
+    """The first five are those of `TaskAlignedTargets`."""
+    boxes: Tensor
+    scores: Tensor
+    foreground: Tensor
+    gt_indices: Tensor
+    metrics: Tensor
+    """[B, A] float32 or float64: score^alpha * overlap^beta of the anchor and its gt; 0 for background."""
+    overlaps: Tensor
+    """[B, A] float32 or float64: max(IoU, 0) of the anchor's predicted box and its gt; 0 for background."""
+
+
+@overload
+def assign_task_aligned(
+    pred_scores: Tensor, pred_boxes: Tensor, anchor_points: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
+    gt_valid: Tensor, *, topk: int = ..., alpha: float = ..., beta: float = ..., iou: str = ...,
+    min_size: float | None = ..., dense_scores: bool = ..., candidates: str = ..., with_metrics: Literal[False] = ...,
+) -> TaskAlignedTargets: ...  # fmt: skip
+@overload
+def assign_task_aligned(
+    pred_scores: Tensor, pred_boxes: Tensor, anchor_points: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
+    gt_valid: Tensor, *, topk: int = ..., alpha: float = ..., beta: float = ..., iou: str = ...,
+    min_size: float | None = ..., dense_scores: bool = ..., candidates: str = ..., with_metrics: Literal[True],
+) -> TaskAlignedMetrics: ...  # fmt: skip
 def assign_task_aligned(
     pred_scores: Tensor,
     pred_boxes: Tensor,
@@ -39,13 +70,19 @@ def assign_task_aligned(
     iou: str = "ciou",
     min_size: float | None = None,
     dense_scores: bool = True,
-) -> TaskAlignedTargets:
+    candidates: str = "inside",
+    with_metrics: bool = False,
+) -> TaskAlignedTargets | TaskAlignedMetrics:
     """Gives each ground-truth box the `topk` anchors that classify and locate it best, for a whole batch at once.
 
     An anchor is a candidate of a gt if its point lies inside of the box. With overlap = max(IoU, 0) of the predicted
     box and metric = score^alpha * overlap^beta, of the gt's class, a gt claims its topk anchors of highest metric.
     What several gts claim goes to the one of highest overlap among all gts whose candidate it is. The target score is
     metric * (highest overlap of the gt's anchors) / (their highest metric + 1e-9), on the gt's class.
+
+    That is `candidates="inside"`, Ultralytics' rule. By TOOD's, "all", a gt claims its topk anchors of highest metric
+    among all anchors, and then gives up those whose metric is 0, or whose point is not inside of the box by more than
+    0.01. What several gts claim goes to the one of highest overlap among those that claim it.
 
     Args:
         pred_scores: [B, A, C], floating, after the sigmoid; any strides.
@@ -60,6 +97,8 @@ def assign_task_aligned(
         iou: "ciou" (complete IoU, eps 1e-7) or "iou".
         min_size: sides of a gt below it are enlarged to it about their middle, to find candidates only.
         dense_scores: scores as [B, A, C]; otherwise [B, A], one value an anchor.
+        candidates: "inside" or "all", the rule: see above.
+        with_metrics: give metrics and overlaps too, as a `TaskAlignedMetrics`: for losses that scale them otherwise.
 
     Returns:
         `TaskAlignedTargets(labels [B, A], boxes [B, A, 4], scores, foreground [B, A], gt_indices [B, A])`. Computed in
@@ -67,10 +106,11 @@ def assign_task_aligned(
 
     Ties: equal metrics go to the lower anchor index; equal overlaps to the lower gt index. Metrics that are NaN or
     negative count as 0. A gt with fewer than topk positive metrics fills up with anchors of metric 0 in index order,
-    of which those count that are candidates. M = 0, and boxes that hold no point, are ordinary. No gradient.
+    of which those count that are candidates; by the rule "all" none does. M = 0, and boxes that hold no point, are
+    ordinary. No gradient.
 
     Raises:
-        ValueError: topk below 1, alpha, beta or min_size out of range, unknown `iou`.
+        ValueError: topk below 1, alpha, beta or min_size out of range, unknown `iou` or `candidates`.
         RuntimeError: wrong shapes, dtypes or devices; on the CPU a label out of range (on a GPU such a gt counts as
             not valid).
 
@@ -83,19 +123,40 @@ def assign_task_aligned(
         >>> targets.labels, targets.scores[0, 0]
         (tensor([[ 1,  1, -1]]), tensor([0., 1.]))
 
-    Source: Feng et al., "TOOD: Task-aligned One-stage Object Detection", ICCV 2021 (topk 13, alpha 1, beta 6, "iou");
-    the assigner of Ultralytics' YOLOv8 (the defaults). Ties are open there, and background rows hold the first gt.
+    Source: Feng et al., "TOOD: Task-aligned One-stage Object Detection", ICCV 2021 (topk 13, alpha 1, beta 6, "iou",
+    candidates "all"; its eps is 1e-7) and MMDetection's TaskAlignedAssigner; the assigner of Ultralytics' YOLOv8 (the
+    defaults). Ties are open in both, and in the latter background rows hold the first gt.
     """
+    op = "assign_task_aligned"
     if iou not in ("ciou", "iou"):
-        raise ValueError(f"assign_task_aligned: iou must be 'ciou' or 'iou', got {iou!r}")
-    _check_options("assign_task_aligned", topk, alpha, beta, min_size)
-    return TaskAlignedTargets(
+        raise ValueError(f"{op}: iou must be 'ciou' or 'iou', got {iou!r}")
+    if candidates not in ("inside", "all"):
+        raise ValueError(f"{op}: candidates must be 'inside' or 'all', got {candidates!r}")
+    topk, alpha, beta, size = _options(op, topk, alpha, beta, min_size)
+    tensors = {"pred_scores": pred_scores, "pred_boxes": pred_boxes, "anchor_points": anchor_points}
+    check_tensors(op, **tensors, gt_labels=gt_labels, gt_boxes=gt_boxes, gt_valid=gt_valid)
+    pred_scores, pred_boxes, anchor_points, gt_boxes = (each.detach() for each in (*tensors.values(), gt_boxes))
+    targets = TaskAlignedTargets(
         *_library.ops.assign_task_aligned(
-            *(each.detach() for each in (pred_scores, pred_boxes, anchor_points)),
-            *(gt_labels, gt_boxes.detach(), gt_valid),
-            *(topk, topk, alpha, beta, iou == "ciou", min_size or 0.0, 1e-9, dense_scores),
+            *(pred_scores, pred_boxes, anchor_points, gt_labels, gt_boxes, gt_valid),
+            *(topk, topk, alpha, beta, iou == "ciou", size or 0.0, 1e-9, dense_scores, int(candidates == "all")),
         )
     )
+    if not with_metrics:
+        return targets
+    double = torch.float64 in (pred_scores.dtype, pred_boxes.dtype, anchor_points.dtype, gt_boxes.dtype)
+    dtype = torch.float64 if double else torch.float32
+    overlaps = (complete_box_iou if iou == "ciou" else box_iou)(
+        targets.boxes.to(dtype), pred_boxes.to(dtype), aligned=True
+    )
+    overlaps = torch.where(targets.foreground & (overlaps > 0), overlaps, 0)  # a NaN is 0
+    if pred_scores.shape[2]:
+        scores = pred_scores.gather(2, targets.labels.clamp(min=0)[..., None])[..., 0]
+    else:
+        scores = pred_scores.new_zeros(overlaps.shape)
+    # Powers as the op takes them: in float64, rounded once.
+    metrics = scores.double().pow(alpha).to(dtype) * overlaps.double().pow(beta).to(dtype)
+    return TaskAlignedMetrics(*targets, torch.where(targets.foreground & (metrics > 0), metrics, 0), overlaps)
 
 
 class TaskAlignedAssigner(torch.nn.Module):
@@ -110,14 +171,15 @@ class TaskAlignedAssigner(torch.nn.Module):
             when candidates are looked for. None means [8, 16, 32].
         eps: keeps the denominator of the target scores positive.
         topk2: how many anchors a gt keeps once conflicts are settled; None means topk.
+        min_size: enlarge to this size instead; 0 leaves all gts as they are, as Ultralytics before 8.4 does. (8.4.0
+            enlarges to the first stride.)
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
-        >>> assigner = TaskAlignedAssigner(topk=10, num_classes=80, alpha=0.5, beta=6.0)
-        >>> assigner.topk
-        10
+        >>> TaskAlignedAssigner(topk=10, num_classes=80, alpha=0.5, beta=6.0)
+        TaskAlignedAssigner(topk=10, num_classes=80, alpha=0.5, beta=6.0, stride=[8, 16, 32], eps=1e-09, topk2=10)
 
     Source: ultralytics.utils.tal.TaskAlignedAssigner. Where metrics tie it leaves open which anchor wins. An anchor
     whose claimants all have overlap 0 goes to gt 0 there, to the first gt that holds it here. Its gts go through
@@ -130,25 +192,35 @@ class TaskAlignedAssigner(torch.nn.Module):
         num_classes: int = 80,
         alpha: float = 1.0,
         beta: float = 6.0,
-        stride: list[float] | None = None,
+        stride: Sequence[float] | None = None,
         eps: float = 1e-9,
         topk2: int | None = None,
+        *,
+        min_size: float | None = None,
     ):
         super().__init__()
-        self.topk, self.topk2 = topk, topk if topk2 is None else topk2
-        self.num_classes, self.alpha, self.beta, self.eps = num_classes, alpha, beta, eps
+        name = "TaskAlignedAssigner"
         self.stride = [8, 16, 32] if stride is None else stride
-        if not len(self.stride):
-            raise ValueError("TaskAlignedAssigner: stride must have at least one level, got none")
-        self._min_size = float(self.stride[1] if len(self.stride) > 1 else self.stride[0])
-        _check_options("TaskAlignedAssigner", topk, alpha, beta, self._min_size)
-        if not 1 <= self.topk2:
-            raise ValueError(f"TaskAlignedAssigner: topk2 must be at least 1, got {topk2}")
+        strides = numbers(name, "stride", self.stride)
+        if not strides:
+            raise ValueError(f"{name}: stride must have at least one level, got none")
+        self.min_size = min_size
+        size = strides[min(1, len(strides) - 1)] if min_size is None else min_size
+        self.topk, self.alpha, self.beta, self._size = _options(name, topk, alpha, beta, size)
+        self.topk2 = self.topk if topk2 is None else integer(name, "topk2", topk2)
+        if self.topk2 < 1:
+            raise ValueError(f"{name}: topk2 must be at least 1, got {topk2}")
+        self.num_classes, self.eps = num_classes, number(name, "eps", eps)
+
+    def extra_repr(self) -> str:
+        names = ("topk", "num_classes", "alpha", "beta", "stride", "eps", "topk2")
+        names += () if self.min_size is None else ("min_size",)
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     @torch.no_grad()
     def forward(
         self, pd_scores: Tensor, pd_bboxes: Tensor, anc_points: Tensor, gt_labels: Tensor, gt_bboxes: Tensor,
-        mask_gt: Tensor,
+        mask_gt: Tensor, **extra: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         """The targets of every anchor.
 
@@ -159,26 +231,32 @@ class TaskAlignedAssigner(torch.nn.Module):
             gt_labels: [B, n, 1], integer or floating.
             gt_bboxes: [B, n, 4] xyxy, zeros where padded.
             mask_gt: [B, n, 1], not 0 where valid.
+            extra: accepted and not used, as trainers pass to all of Ultralytics' assigners what one of them needs.
 
         Returns:
             (labels [B, A], boxes [B, A, 4], scores [B, A, C], foreground [B, A], gt indices [B, A]). Rows of the
-            background have the label, box and index of the image's first row. With n = 0 the labels are
-            `num_classes` and the boxes 0, all but `foreground` in the dtype of their prediction.
+            background have the label, box and index of the image's first row. Scores have the dtype of
+            `pd_scores * pd_bboxes`, float32 under autocast. With n = 0 the labels are `num_classes` and the boxes 0,
+            all but `foreground` in the dtype of their prediction.
         """
+        check_tensors(
+            "TaskAlignedAssigner", pd_scores=pd_scores, pd_bboxes=pd_bboxes, anc_points=anc_points,
+            gt_labels=gt_labels, gt_bboxes=gt_bboxes, mask_gt=mask_gt,
+        )  # fmt: skip
         if gt_bboxes.shape[1] == 0:
-            per_anchor = pd_scores[..., 0]
+            per_anchor = pd_scores.shape[:2]
             return (
-                torch.full_like(per_anchor, self.num_classes),
+                pd_scores.new_full(per_anchor, self.num_classes),
                 torch.zeros_like(pd_bboxes),
                 torch.zeros_like(pd_scores),
-                torch.zeros_like(per_anchor, dtype=torch.bool),
-                torch.zeros_like(per_anchor),
+                pd_scores.new_zeros(per_anchor, dtype=torch.bool),
+                pd_scores.new_zeros(per_anchor),
             )
         labels, valid = gt_labels.squeeze(-1).long(), mask_gt.squeeze(-1) > 0
         found = TaskAlignedTargets(
             *_library.ops.assign_task_aligned(
                 *(pd_scores, pd_bboxes, anc_points, labels, gt_bboxes, valid),
-                *(self.topk, self.topk2, self.alpha, self.beta, True, self._min_size, self.eps, True),
+                *(self.topk, self.topk2, self.alpha, self.beta, True, self._size, self.eps, True, 0, True),
             )
         )
         return (
@@ -190,28 +268,34 @@ class TaskAlignedAssigner(torch.nn.Module):
         )
 
 
-def _check_options(op: str, topk: int, alpha: float, beta: float, min_size: float | None) -> None:
+def _options(
+    op: str, topk: int, alpha: float, beta: float, min_size: float | None
+) -> tuple[int, float, float, float | None]:
+    topk, alpha, beta = integer(op, "topk", topk), number(op, "alpha", alpha), number(op, "beta", beta)
     if topk < 1:
         raise ValueError(f"{op}: topk must be at least 1, got {topk}")
     if not 0 <= alpha < float("inf"):
         raise ValueError(f"{op}: alpha must be finite and at least 0, got {alpha}")
     if not 0 < beta < float("inf"):
         raise ValueError(f"{op}: beta must be finite and above 0, got {beta}")
-    if min_size is not None and not 0 <= min_size < float("inf"):
-        raise ValueError(f"{op}: min_size must be finite and at least 0, got {min_size}")
+    size = None if min_size is None else number(op, "min_size", min_size)
+    if size is not None and not 0 <= size < float("inf"):
+        raise ValueError(f"{op}: min_size must be finite and at least 0, got {size}")
+    return topk, alpha, beta, size
 
 
 @register_fake("assign_task_aligned")
 def _(
     pred_scores: Tensor, pred_boxes: Tensor, anchor_points: Tensor, gt_labels: Tensor, gt_boxes: Tensor,
     gt_valid: Tensor, topk: int, topk2: int, alpha: float, beta: float, complete: bool, min_size: float, eps: float,
-    dense_scores: bool,
+    dense_scores: bool, candidates: int = 0, promote_scores: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     per_anchor = pred_scores.shape[:2]
+    dtype = torch.promote_types(pred_scores.dtype, pred_boxes.dtype) if promote_scores else pred_scores.dtype
     return (
         gt_labels.new_empty(per_anchor),
         gt_boxes.new_empty(*per_anchor, 4),
-        pred_scores.new_empty(pred_scores.shape if dense_scores else per_anchor),
+        pred_scores.new_empty(pred_scores.shape if dense_scores else per_anchor, dtype=dtype),
         gt_valid.new_empty(per_anchor),
         gt_labels.new_empty(per_anchor),
     )

@@ -9,7 +9,7 @@ All functions share these rules, on every device:
 """
 
 from .simota import SimOTATargets, assign_simota
-from .task_aligned import TaskAlignedAssigner, TaskAlignedTargets, assign_task_aligned
+from .task_aligned import TaskAlignedAssigner, TaskAlignedMetrics, TaskAlignedTargets, assign_task_aligned
 from .yolo_grid import YoloGridBoxes, assign_yolo_grid, decode_yolo_grid, yolo_loss
 from .yolov3 import Yolov3Targets, assign_yolov3
 from .yolov5 import Yolov5Targets, assign_yolov5, yolov5_target_lists
@@ -17,6 +17,7 @@ from .yolov5 import Yolov5Targets, assign_yolov5, yolov5_target_lists
 __all__ = [
     "SimOTATargets",
     "TaskAlignedAssigner",
+    "TaskAlignedMetrics",
     "TaskAlignedTargets",
     "YoloGridBoxes",
     "Yolov3Targets",

@@ -1,5 +1,7 @@
 """linear_sum_assignment: optimal, as scipy and exhaustive search find it, and the same on every device."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -158,19 +160,84 @@ def test_infinity_forbids_a_pair(device):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
-def test_no_costs(device, bad):
-    cost = device.put(random_costs(3, 6, 4), torch.float64)
+@pytest.mark.parametrize(("queries", "targets"), [(6, 4), (4, 6), (40, 33)])
+def test_invalid_costs(device, bad, queries, targets):
+    cost = device.put(random_costs(3, queries, targets), torch.float64)
     cost[1, 2, 3] = bad
-    if device.name == "cpu":
-        message = r"^linear_sum_assignment: cost must be free of NaN and -inf, got one in problem 1$"
-        with pytest.raises(RuntimeError, match=message):
-            detops.linear_sum_assignment(cost)
-    else:
-        forbidden = cost.clone()
-        forbidden[1, 2, 3] = float("inf")
-        assert torch.equal(detops.linear_sum_assignment(cost), detops.linear_sum_assignment(forbidden))
+    forbidden = cost.clone()
+    forbidden[1, 2, 3] = float("inf")
+    expected = detops.linear_sum_assignment(forbidden)
+    assert torch.equal(detops.linear_sum_assignment(cost), expected)
+    assert torch.equal(detops.linear_sum_assignment(cost, invalid="last"), expected)  # enough else is left
+    message = r"^linear_sum_assignment: cost must be free of NaN and -inf, got one in problem 1$"
+    with pytest.raises(RuntimeError, match=message):
+        detops.linear_sum_assignment(cost, invalid="raise")
+    assert torch.equal(detops.linear_sum_assignment(forbidden, invalid="raise"), expected)
     counts = device.put(np.array([4, 3, 4]))
     check(cost, counts)
+    for invalid in ("forbid", "raise", "last"):
+        result = detops.linear_sum_assignment(cost, counts, invalid=invalid)
+        assert torch.equal(result, detops.linear_sum_assignment(forbidden, counts))
+
+
+@pytest.mark.parametrize("invalid", ["forbid", "last"])
+@pytest.mark.parametrize("large", [7.0, 2.0**50, 1e300, 1.7e308])
+def test_as_few_invalid_pairs_as_possible_and_then_the_least_sum(device, invalid, large):
+    rng = np.random.default_rng(0)
+    for _ in range(device.limit(150, emulated=12)):
+        queries, targets = rng.integers(1, 6, 2)
+        cost = rng.integers(-3, 9, (1, queries, targets)).astype(np.float64)
+        cost[rng.random(cost.shape) < 0.2] = large * (-1) ** rng.integers(2)
+        cost[rng.random(cost.shape) < rng.choice([0.3, 0.7])] = np.inf
+        drawn = rng.random(cost.shape) < 0.3
+        cost[drawn & np.isinf(cost)] = rng.choice([np.nan, -np.inf])
+        found = to_numpy(detops.linear_sum_assignment(device.put(cost, torch.float64), invalid=invalid))[0]
+        assert reference.is_assignment(found, queries, targets)
+        pairs, total = reference.total_cost(cost[0], found)
+        best_pairs, best = reference.linear_sum_assignment(cost[0])
+        assert pairs == best_pairs
+        if abs(best) < 1e3 and np.nanmin(np.where(np.isfinite(cost), cost, 0)) > -10:
+            assert total == best
+        else:  # sums of large numbers are rounded
+            assert abs(total - best) <= Fraction(large) / 10**9
+        assert (found >= 0).sum() == (min(queries, targets) if invalid == "last" else best_pairs)
+
+
+@pytest.mark.parametrize(("queries", "targets"), [(33, 20), (20, 33), (64, 64)])
+def test_pairs_that_come_last_in_larger_problems(device, queries, targets):
+    for share in (0.5, 0.9, 1.0):
+        if device.name == "emulated" and queries == targets:
+            continue
+        cost = random_costs(1, queries, targets)[0] * 100 // 1
+        cost[np.random.default_rng(0).random(cost.shape) < share] = np.nan
+        cost[:, :2] = cost[:3] = np.inf
+        found = to_numpy(detops.linear_sum_assignment(device.put(cost[None], torch.float64), invalid="last"))[0]
+        assert reference.is_assignment(found, queries, targets) and (found >= 0).sum() == min(queries, targets)
+        # Integers below 2^53, so that a large number in the place of NaN is exact here.
+        _, total = scipy_result(np.where(np.isfinite(cost), cost, 1e6))
+        pairs, own = reference.total_cost(cost, found)
+        assert own + (min(queries, targets) - pairs) * 1e6 == total
+        kept = to_numpy(detops.linear_sum_assignment(device.put(cost[None], torch.float64)))[0]
+        assert (kept == np.where([q >= 0 and np.isfinite(cost[q, t]) for t, q in enumerate(found)], found, -1)).all()
+
+
+def test_nothing_but_invalid_costs(device):
+    for value in (np.nan, np.inf, -np.inf):
+        for queries, targets in ((3, 2), (2, 3)):
+            cost = torch.full((1, queries, targets), value, device=device.torch)
+            assert (detops.linear_sum_assignment(cost) == -1).all()
+            found = detops.linear_sum_assignment(cost, invalid="last")[0]
+            assert found.tolist() == [0, 1, -1][:targets]
+
+
+def test_option_that_is_unknown():
+    message = "^linear_sum_assignment: invalid must be 'forbid', 'raise' or 'last', got 'skip'$"
+    with pytest.raises(ValueError, match=message):
+        detops.linear_sum_assignment(C, invalid="skip")
+    with pytest.raises(RuntimeError, match=r"^linear_sum_assignment: invalid must be 0 .* or 2 \(last\), got 3$"):
+        _library.ops.linear_sum_assignment(C, None, 3)
+    with pytest.raises(RuntimeError, match="^linear_sum_assignment: cost must be a tensor, got a NumPy array$"):
+        detops.linear_sum_assignment(C.numpy())
 
 
 def test_number_of_targets_out_of_range(device):
@@ -240,7 +307,7 @@ def test_no_gradient(device):
 
 def test_opcheck(device):
     cost, counts = device.put(random_costs(2, 9, 5)), device.put(np.array([5, 3]))
-    for arguments in ((cost, None), (cost, counts), (cost.transpose(1, 2), None), (cost[:, :, :0], None)):
+    for arguments in ((cost, None), (cost, counts, 2), (cost.transpose(1, 2), None, 1), (cost[:, :, :0], None)):
         torch.library.opcheck(_library.ops.linear_sum_assignment, arguments)
 
 

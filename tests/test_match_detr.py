@@ -43,7 +43,7 @@ def cost_of(arguments, image, options):
     """The costs of the reference for the valid boxes of an image, and the rows of these."""
     logits, boxes, gt_boxes, labels, valid = (None if each is None else to_numpy(each)[image] for each in arguments)
     rows = np.flatnonzero(np.ones(len(labels)) if valid is None else valid)
-    options = dict(options)
+    options = {name: value for name, value in options.items() if name != "invalid"}
     weights = [options.pop(f"{name}_weight", default) for name, default in (("class", 1.0), ("l1", 5.0), ("giou", 2.0))]
     cost = reference.match_detr(logits, boxes, gt_boxes[rows], labels[rows], weights=weights, **options)
     return cost, rows
@@ -167,22 +167,43 @@ def test_equals_eager_pytorch_and_scipy(device):
         assert found[i, rows[targets]].tolist() == queries.tolist()
 
 
-@pytest.mark.parametrize("what", ["logits", "boxes", "gt_boxes", "empty"])
+@pytest.mark.parametrize("what", ["logits", "boxes", "gt_boxes"])
 def test_costs_that_are_no_numbers(device, what):
     arguments = put(device, scene(3, 9, 5, 4, share=1))
-    if what == "empty":
-        arguments[1][1, 2] = arguments[2][1, 3] = 0
-    else:
-        arguments[("logits", "boxes", "gt_boxes").index(what)][1, 2] = float("nan")
-    if device.name == "cpu":
-        with pytest.raises(RuntimeError, match="^match_detr: costs must be numbers, got NaN or -inf in image 1, as of"):
-            detops.match_detr(*arguments)
-        return
-    found = detops.match_detr(*arguments)
+    arguments[("logits", "boxes", "gt_boxes").index(what)][1, 2] = float("nan")
+    with pytest.raises(RuntimeError, match="^match_detr: costs must be numbers, got NaN or -inf in image 1, as of"):
+        detops.match_detr(*arguments, invalid="raise")
+    found, last = detops.match_detr(*arguments), detops.match_detr(*arguments, invalid="last")
     assert reference.is_assignment(to_numpy(found)[1], 9, 4)
-    assert (found[1] >= 0).sum() == (3 if what == "gt_boxes" else 4)
-    if what in ("logits", "boxes"):
-        assert (found[1] != 2).all()
+    if what == "gt_boxes":
+        assert (found[1] >= 0).tolist() == [True, True, False, True]
+        assert (last[1] >= 0).all() and torch.equal(found[found >= 0], last[found >= 0])
+    else:
+        assert (found[1] >= 0).all() and (found[1] != 2).all() and torch.equal(found, last)
+    # The three queries of three that are left are taken last too.
+    few = [each[:, :3] if i < 2 else each for i, each in enumerate(arguments)]
+    if what != "gt_boxes":
+        assert (detops.match_detr(*few)[1] >= 0).sum() == 2
+        assert (detops.match_detr(*few, invalid="last")[1] >= 0).sum() == 3
+
+
+@pytest.mark.parametrize("fmt", ["cxcywh", "xyxy"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_boxes_without_area_have_iou_0(device, fmt, dtype):
+    for seed in range(4):
+        arguments = put(device, scene(2, 9, 5, 4, seed, share=1), dtype)
+        if fmt == "xyxy":
+            arguments[1:3] = [detops.box_convert(each, "cxcywh", "xyxy") for each in arguments[1:3]]
+        point = torch.tensor([0.5, 0.5, 0.5, 0.5] if fmt == "xyxy" else [0.5, 0.5, 0, 0], device=device.torch)
+        line = torch.tensor([0.5, 0.25, 0.5, 0.75] if fmt == "xyxy" else [0.5, 0.5, 0, 0.5], device=device.torch)
+        arguments[1][:, 2], arguments[1][:, 5] = point, line
+        arguments[2][:, 1], arguments[2][:, 3] = line + seed % 2 / 8, point
+        check(arguments, fmt=fmt)
+        check(arguments, fmt=fmt, invalid="raise")
+    # One like the other goes to it.
+    boxes = torch.tensor([[[0.25, 0.25, 0, 0], [0.75, 0.75, 0, 0.0]]], device=device.torch)
+    labels = torch.zeros(1, 2, dtype=torch.int64, device=device.torch)
+    assert detops.match_detr(torch.zeros(1, 2, 3, device=device.torch), boxes, boxes, labels).tolist() == [[0, 1]]
 
 
 @pytest.mark.parametrize("label", [-1, 5])
@@ -194,9 +215,10 @@ def test_labels_out_of_range(device, label):
         with pytest.raises(RuntimeError, match=message):
             detops.match_detr(*arguments)
     else:
-        found = detops.match_detr(*arguments)
+        found = [detops.match_detr(*arguments, invalid=invalid) for invalid in ("forbid", "raise", "last")]
         arguments[4][1, 2] = False
-        assert torch.equal(found, detops.match_detr(*arguments))
+        for each in found:
+            assert torch.equal(each, detops.match_detr(*arguments))
 
 
 L, X, G, Y, V = (to_torch(each) for each in scene(2, 6, 5, 3))
@@ -227,6 +249,8 @@ def test_bad_tensors(device, arguments, message):
         ({"l1_weight": float("inf")}, "l1_weight must be finite, got inf"),
         ({"alpha": float("nan")}, "alpha must be finite, got nan"),
         ({"gamma": -1.0}, "gamma must be finite and at least 0, got -1.0"),
+        ({"invalid": None}, "invalid must be 'forbid', 'raise' or 'last', got None"),
+        ({"l1_weight": "5"}, "l1_weight must be a number, got '5'"),
     ],
 )
 def test_bad_options(options, message):
@@ -245,6 +269,7 @@ def test_opcheck(device):
     for focal, valid in ((False, arguments[4]), (True, None)):
         options = (*arguments[:4], valid, focal, 1.0, 5.0, 2.0, 0.25, 2.0, False)
         torch.library.opcheck(_library.ops.match_detr, options)
+        torch.library.opcheck(_library.ops.match_detr, (*options, 2))
 
 
 @pytest.mark.needs_compiler

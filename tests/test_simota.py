@@ -17,6 +17,9 @@ OPTIONS = [
     {"center_radius": 0.4, "dense_scores": False},
     {"center_radius": 0.05},
     {"iou_weight": 0.0},
+    {"rule": "mmdet"},
+    {"rule": "mmdet", "topk": 32, "center_radius": 0.4},
+    {"rule": "mmdet", "center_radius": 9.0, "dense_scores": False},
 ]
 
 
@@ -37,6 +40,11 @@ def arguments_of(arrays, strides, seed=0, spread=3.0):
     ]
 
 
+def as_probabilities(arrays):
+    """The same predictions, as MMDetection's rule takes them."""
+    return [1 / (1 + np.exp(-each)) if i < 2 else each for i, each in enumerate(arrays)]
+
+
 def put(device, arrays, dtype=torch.float32, logits_dtype=None):
     dtypes = [logits_dtype or dtype] * 2 + [dtype] * 4 + [None, None]
     return [device.put(each, which) for each, which in zip(arrays, dtypes, strict=True)]
@@ -50,7 +58,8 @@ def scene_of(image_size=64, gts=9, **options):
 def check(tensors, **options):
     """The result for these tensors is the reference's; returns it."""
     targets = detops.assign_simota(*tensors, **options)
-    expected = reference.assign_simota(*map(to_numpy, tensors), **options)
+    arrays = [None if each is None else to_numpy(each) for each in tensors]
+    expected = reference.assign_simota(*arrays, **options)
     dtypes = [torch.int64, tensors[5].dtype, tensors[0].dtype, torch.bool, torch.int64]
     assert [each.dtype for each in targets] == dtypes
     assert all(each.device == tensors[0].device for each in targets)
@@ -62,7 +71,8 @@ def check(tensors, **options):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_scenes_of_three_levels(device, options, seed):
-    check(put(device, scene_of(device.limit(128, emulated=64), 12, seed=seed)), **options)
+    arrays = scene_of(device.limit(128, emulated=64), 12, seed=seed)
+    check(put(device, as_probabilities(arrays) if options.get("rule") == "mmdet" else arrays), **options)
 
 
 @pytest.mark.parametrize("anchors", (0, 1, 2, 31, 32, 33, 64, 257))
@@ -132,6 +142,38 @@ def test_a_gt_without_near_anchors_takes_those_of_others(device):
     assert check(put(device, arrays), topk=1).gt_indices.tolist() == [[0, 1, -1]]
 
 
+def test_candidates_and_favoured_anchors_of_mmdet(device):
+    # Anchor 0 is near and inside of the gt, 1 inside only, 2 near only, 3 neither.
+    points = np.array([[16.0, 16], [4, 16], [16, 22], [40, 40]])
+    gts, strides = np.array([[[0.0, 12, 32, 20]]]), np.full(4, 4.0)
+    arrays = [np.full((1, 4, 1), 0.5), np.ones((1, 4)), np.tile(gts, (1, 4, 1)), points, strides, gts,
+              np.zeros((1, 1), int), np.ones((1, 1), bool)]  # fmt: skip
+    tensors = put(device, arrays)
+    found = check(tensors, rule="mmdet")  # all fit perfectly, so that three are wanted
+    assert found.foreground.tolist() == [[True, True, True, False]]
+    assert check(tensors, rule="yolox", center_radius=2.5).foreground.tolist() == [[True, False, True, False]]
+    # One is wanted: the favoured one, whatever it costs, up to 1e5.
+    arrays[2] = np.array([[[100.0, 100, 110, 110], [0, 12, 32, 20], [0, 12, 32, 20], [0, 12, 32, 20]]])
+    arrays[2][0, 2:] += 1000
+    assert check(put(device, arrays), rule="mmdet").foreground.tolist() == [[True, False, False, False]]
+    assert check(put(device, arrays), rule="mmdet", iou_weight=1e4).foreground.tolist() == [[False, True, False, False]]
+    # The objectness may be in the scores already.
+    arrays = as_probabilities(scene_of())
+    apart = put(device, arrays, torch.float64)
+    joined = check([apart[0] * apart[1][..., None], None, *apart[2:]], rule="mmdet")
+    assert all(map(torch.equal, joined, check(apart, rule="mmdet")))
+
+
+@pytest.mark.parametrize("rule", ["yolox", "mmdet"])
+def test_large_weights(device, rule):
+    # A cost of an IoU of 1 is below 0, and much so by a large weight: it may be that of an anchor with the penalty.
+    arrays = as_probabilities(scene_of()) if rule == "mmdet" else scene_of()
+    arrays[2] = np.where(np.arange(arrays[2].shape[1])[:, None] % 3 > 0, arrays[5][:, :1], arrays[2])
+    for weight in (1e6, 1e10, 1e12, 1e14):
+        for dtype in (torch.float32, torch.float64):
+            check(put(device, arrays, dtype), rule=rule, iou_weight=weight)
+
+
 @pytest.mark.parametrize("name", EDGES)
 def test_odd_boxes(device, name):
     odd = edge_boxes(name)
@@ -144,6 +186,7 @@ def test_odd_boxes(device, name):
     strides = rng.choice([8.0, 16.0, 0.0, -4.0, np.nan, np.inf], 60)
     for dtype in (torch.float32, torch.float64):
         check(put(device, arguments_of(arrays, strides), dtype))
+        check(put(device, as_probabilities(arguments_of(arrays, strides)), dtype), rule="mmdet")
 
 
 def test_odd_logits(device):
@@ -156,6 +199,10 @@ def test_odd_logits(device):
             check(put(device, arrays), center_radius=center_radius)
     arrays[1][:] = np.nan
     check(put(device, arrays))
+    for of_objects in ([0.5, 1.0, 0.0, 7.0, -1.0], [np.nan]):
+        arrays[0] = rng.choice([np.nan, np.inf, -np.inf, -0.5, 0.0, 0.5, 1.0, 1.5], arrays[0].shape)
+        arrays[1] = rng.choice(of_objects, arrays[1].shape)
+        check(put(device, arrays), rule="mmdet")
 
 
 def test_rows_that_are_not_valid_have_no_say(device):
@@ -176,6 +223,7 @@ def test_empty(device, shape):
 
 def test_dtypes(device, boxes_dtype, scores_dtype):
     check(put(device, scene_of(), boxes_dtype, scores_dtype))
+    check(put(device, as_probabilities(scene_of()), boxes_dtype, scores_dtype), rule="mmdet")
 
 
 def test_inputs_of_any_strides_are_read_and_left_alone(device):
@@ -255,11 +303,29 @@ def test_label_that_is_no_class(device, label):
         ({"topk": 33}, "topk must be from 1 to 32, got 33"),
         ({"center_radius": 0.0}, "center_radius must be finite and above 0, got 0.0"),
         ({"iou_weight": -1.0}, "iou_weight must be finite and at least 0, got -1.0"),
+        ({"rule": "ppyoloe"}, "rule must be 'yolox' or 'mmdet', got 'ppyoloe'"),
+        ({"topk": 2.5}, "topk must be an integer, got 2.5"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"^assign_simota: {message}$"):
         detops.assign_simota(*GOOD, **options)
+
+
+@pytest.mark.parametrize(
+    ("topk", "rule", "message"),
+    [(0, 0, "topk must be from 1 to 32, got 0"), (33, 0, "topk must be .*, got 33"), (1, 2, "rule must be .*, got 2")],
+)
+def test_bad_options_of_the_op(device, topk, rule, message):
+    with pytest.raises(RuntimeError, match=f"^assign_simota: {message}$"):
+        _library.ops.assign_simota(*put(device, scene_of()), 1.5, topk, 3.0, True, rule)
+
+
+def test_arguments_that_are_no_tensors():
+    with pytest.raises(RuntimeError, match="^assign_simota: pred_objectness must be a tensor, got None$"):
+        detops.assign_simota(GOOD[0], None, *GOOD[2:])
+    with pytest.raises(RuntimeError, match="^assign_simota: gt_valid must be a tensor, got None$"):
+        detops.assign_simota(*GOOD[:7], None)
 
 
 # A PyTorch citizen, the same on every run.
@@ -268,6 +334,7 @@ def test_bad_options(options, message):
 def test_opcheck(device):
     for dense in (True, False):
         torch.library.opcheck(_library.ops.assign_simota, (*put(device, scene_of(32, 4)), 1.5, 10, 3.0, dense))
+    torch.library.opcheck(_library.ops.assign_simota, (*put(device, scene_of(32, 4)), 1.5, 10, 3.0, True, 1))
 
 
 @pytest.mark.needs_compiler

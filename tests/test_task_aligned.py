@@ -22,6 +22,10 @@ OPTIONS = [
     {"alpha": 0.7, "beta": 3.3},
     {"alpha": 0.0, "beta": 1.0},
     {"topk": 40, "dense_scores": False},
+    {"candidates": "all"},
+    {"candidates": "all", "topk": 13, "alpha": 1.0, "iou": "iou", "with_metrics": True},
+    {"candidates": "all", "topk": 40, "min_size": 16.0},
+    {"with_metrics": True, "dense_scores": False},
 ]
 
 
@@ -40,16 +44,19 @@ def check(tensors, **options):
 
 def compare(targets, tensors, **options):
     expected = reference.assign_task_aligned(*map(to_numpy, tensors), **options)
-    assert [each.dtype for each in targets] == [
+    assert [each.dtype for each in targets[:5]] == [
         torch.int64,
         tensors[4].dtype,
         tensors[0].dtype,
         torch.bool,
         torch.int64,
     ]
+    assert isinstance(targets, detops.TaskAlignedMetrics if options.get("with_metrics") else detops.TaskAlignedTargets)
     assert all(each.device == tensors[0].device for each in targets)
-    for name, ours, theirs in zip(detops.TaskAlignedTargets._fields, targets, expected, strict=True):
-        if name == "scores" and theirs.dtype == np.float64:  # of which the last bits of a power are open
+    for name, ours, theirs in zip(targets._fields, targets, expected, strict=True):
+        if name in ("metrics", "overlaps"):
+            assert to_numpy(ours).dtype == theirs.dtype
+        if name in ("scores", "metrics") and theirs.dtype == np.float64:  # the last bits of a power are open
             np.testing.assert_allclose(to_numpy(ours), to_numpy(torch.as_tensor(theirs).to(ours.dtype)), rtol=1e-12)
         else:
             np.testing.assert_array_equal(to_numpy(ours), to_numpy(torch.as_tensor(theirs).to(ours.dtype)), name)
@@ -132,6 +139,54 @@ def test_an_anchor_may_go_to_a_gt_that_did_not_claim_it(device):
     assert check(put(device, arrays), topk=1).gt_indices.tolist() == [[2, 2]]
 
 
+def test_all_anchors_compete(device):
+    # Two anchors outside of the gt fit it best: by one rule they leave their places to others, by TOOD's they do not.
+    gt = [[[8.0, 8, 24, 24]]]
+    points = np.array([[16.0, 16], [12, 12], [40, 40], [24, 16], [23.995, 16]])
+    boxes = np.array([[[8.0, 8, 24, 22], [8, 8, 24, 20], [8, 8, 24, 24], [8, 8, 24, 24], [8, 8, 24, 24]]])
+    arrays = Scene(np.full((1, 5, 1), 0.5), boxes, points, np.zeros((1, 1), int), np.array(gt), np.ones((1, 1), bool))
+    tensors = put(device, arrays)
+    for topk, inside, every in ((1, [4], []), (2, [0, 4], []), (3, [0, 1, 4], []), (4, [0, 1, 4], [0])):
+        assert check(tensors, topk=topk).foreground[0].nonzero().flatten().tolist() == inside
+        found = check(tensors, topk=topk, candidates="all", with_metrics=True)
+        assert found.foreground[0].nonzero().flatten().tolist() == every
+        assert (found.metrics > 0).tolist() == found.foreground.tolist()
+    # An overlap or a score of 0 is never positive.
+    apart = arrays._replace(boxes=boxes + 100)
+    assert check(put(device, apart)).foreground.any()
+    assert not check(put(device, apart), candidates="all").foreground.any()
+    assert not check(put(device, arrays._replace(scores=0 * arrays.scores)), topk=5, candidates="all").foreground.any()
+
+
+def test_all_anchors_compete_and_claimants_alone_settle(device):
+    # Gts 0 and 1 claim anchor 0, gt 2 overlaps it best but prefers anchor 1.
+    boxes = [[0, 0, 10, 10.0], [0, 0, 12, 12]]
+    gts = [[0, 0, 8, 9], [0, 0, 9, 9], [0, 0, 10.5, 10.5]]
+    arrays = Scene(
+        np.array([[[0.9, 0.9, 0.1], [0.1, 0.1, 0.9]]]), np.array([boxes]), np.full((2, 2), 4.0), np.array([[0, 1, 2]]),
+        np.array([gts], float), np.ones((1, 3), bool),
+    )  # fmt: skip
+    tensors = put(device, arrays)
+    assert check(tensors, topk=1).gt_indices.tolist() == [[2, 2]]
+    assert check(tensors, topk=1, candidates="all").gt_indices.tolist() == [[1, 2]]
+    # Of two alike the first, also where one has claimed it in another round of 32.
+    n = 70
+    box, points = [8.0, 8, 56, 56], np.full((n, 2), 32.0)
+    same = Scene(np.ones((1, n, 1)), np.tile(box, (1, n, 1)), points, np.zeros((1, 2), int), np.tile(box, (1, 2, 1)),
+                 np.ones((1, 2), bool))  # fmt: skip
+    for topk in (5, 33, 64, 66):
+        expected = [0] * topk + [-1] * (n - topk)
+        assert check(put(device, same), topk=topk, candidates="all").gt_indices[0].tolist() == expected
+
+
+def test_ties_and_crowds_where_all_anchors_compete(device):
+    points, _ = grid_points(64)
+    for seed in range(4):
+        arrays = scene(points, 25, seed=seed, noise=0.0, levels=2, size=50)
+        for topk in (1, 3, 10, 33):
+            check(put(device, arrays), topk=topk, candidates="all", iou=("ciou", "iou")[seed % 2])
+
+
 @pytest.mark.parametrize("topk2", (1, 2, 5, 33))
 def test_fewer_kept_than_claimed(device, topk2):
     points, _ = grid_points(64)
@@ -139,6 +194,8 @@ def test_fewer_kept_than_claimed(device, topk2):
         tensors = put(device, scene(points, 25, seed=seed, noise=noise, levels=2 if noise == 0 else None))
         result = _library.ops.assign_task_aligned(*tensors, 40, topk2, 0.5, 6.0, True, 16.0, 1e-9, True)
         compare(detops.TaskAlignedTargets(*result), tensors, topk=40, topk2=topk2, min_size=16.0)
+        result = _library.ops.assign_task_aligned(*tensors, 40, topk2, 0.5, 6.0, True, 16.0, 1e-9, True, 1)
+        compare(detops.TaskAlignedTargets(*result), tensors, topk=40, topk2=topk2, min_size=16.0, candidates="all")
     nothing = put(device, scene(points, 0))
     assert not _library.ops.assign_task_aligned(*nothing, 40, topk2, 0.5, 6.0, True, 0.0, 1e-9, True)[3].any()
 
@@ -151,7 +208,7 @@ def test_odd_boxes(device, name):
     arrays = scene(points, len(odd), images=1, classes=2)
     boxes = np.random.default_rng(1).permutation(np.tile(odd, (60 // len(odd) + 1, 1)))[:60]
     arrays = arrays._replace(gt_boxes=odd[None], boxes=boxes[None])
-    for options in ({}, {"iou": "iou", "min_size": 12.0}):
+    for options in ({}, {"iou": "iou", "min_size": 12.0}, {"candidates": "all", "with_metrics": True}):
         for dtype in (torch.float32, torch.float64):
             check(put(device, arrays, dtype), **options)
 
@@ -180,6 +237,7 @@ def test_odd_scores(device):
     values = np.random.default_rng(0).choice([np.nan, -1.0, 0.0, -0.0, 0.5, 1.0, 3.0], arrays.scores.shape)
     for alpha in (0.0, 0.5, 1.0, 1.7):
         check(put(device, arrays._replace(scores=values)), alpha=alpha)
+        check(put(device, arrays._replace(scores=values)), alpha=alpha, candidates="all", with_metrics=True)
 
 
 def test_rows_that_are_not_valid_have_no_say(device):
@@ -198,8 +256,10 @@ def test_rows_that_are_not_valid_have_no_say(device):
 def test_empty(device, shape):
     images, anchors, gts = shape
     check(put(device, scene(grid_points(64)[0][:anchors], gts, images=images)))
-    no_class = check(put(device, scene(grid_points(64)[0][:anchors], 0, images=images, classes=0)))
-    assert no_class.labels.shape == shape[:2]
+    check(put(device, scene(grid_points(64)[0][:anchors], gts, images=images)), candidates="all", with_metrics=True)
+    no_class = put(device, scene(grid_points(64)[0][:anchors], 0, images=images, classes=0))
+    for with_metrics in (False, True):
+        assert check(no_class, with_metrics=with_metrics).labels.shape == shape[:2]
 
 
 def test_dtypes(device, boxes_dtype, scores_dtype):
@@ -288,11 +348,41 @@ def test_label_that_is_no_class(device, label):
         ({"beta": 0.0}, "beta must be finite and above 0, got 0.0"),
         ({"min_size": float("inf")}, "min_size must be finite and at least 0, got inf"),
         ({"iou": "giou"}, "iou must be 'ciou' or 'iou', got 'giou'"),
+        ({"candidates": "some"}, "candidates must be 'inside' or 'all', got 'some'"),
+        ({"topk": 2.5}, "topk must be an integer, got 2.5"),
+        ({"alpha": "1"}, "alpha must be a number, got '1'"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=f"^assign_task_aligned: {message}$"):
         detops.assign_task_aligned(*GOOD, **options)
+
+
+@pytest.mark.parametrize(
+    ("topk", "topk2", "candidates", "message"),
+    [
+        (0, 1, 0, "topk must be at least 1, got 0"),
+        (-5, -5, 0, "topk must be at least 1, got -5"),
+        (3, 0, 0, "topk2 must be at least 1, got 0"),
+        (3, 3, 2, r"candidates must be 0 \(inside\) or 1 \(all\), got 2"),
+    ],
+)
+def test_bad_options_of_the_op(device, topk, topk2, candidates, message):
+    tensors = put(device, scene(grid_points(64)[0], 5))
+    with pytest.raises(RuntimeError, match=f"^assign_task_aligned: {message}$"):
+        _library.ops.assign_task_aligned(*tensors, topk, topk2, 0.5, 6.0, True, 0.0, 1e-9, True, candidates)
+
+
+def test_options_of_numpy(device):
+    tensors = put(device, scene(grid_points(64)[0], 5))
+    options = {"topk": np.int64(7), "alpha": np.float32(0.5), "beta": np.float64(6), "min_size": torch.tensor(16.0)}
+    expected = detops.assign_task_aligned(*tensors, topk=7, min_size=16.0)
+    assert all(map(torch.equal, detops.assign_task_aligned(*tensors, **options), expected))
+
+
+def test_arguments_that_are_no_tensors():
+    with pytest.raises(RuntimeError, match="^assign_task_aligned: gt_boxes must be a tensor, got a list$"):
+        detops.assign_task_aligned(*GOOD[:4], [[1, 2, 3, 4]], GOOD[5])
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)
@@ -309,6 +399,8 @@ def test_opcheck(device):
     for topk2, dense in ((10, True), (1, False)):
         arguments = (*tensors, 10, topk2, 0.5, 6.0, True, 16.0, 1e-9, dense)
         torch.library.opcheck(_library.ops.assign_task_aligned, arguments)
+    tensors[0] = tensors[0].half()
+    torch.library.opcheck(_library.ops.assign_task_aligned, (*tensors, 9, 9, 0.5, 6.0, True, 16.0, 1e-9, True, 1, True))
 
 
 @pytest.mark.needs_compiler

@@ -100,6 +100,54 @@ def test_without_ground_truth(device):
     assert boxes.shape == (2, 84, 4) and scores.shape == (2, 84, 3)
 
 
+def test_without_ground_truth_and_without_classes(device):
+    arguments = trainer_arguments(device, scene(grid_points(64)[0], 0, classes=0))
+    labels, boxes, scores, foreground, indices = detops.TaskAlignedAssigner(num_classes=0)(*arguments)
+    assert labels.shape == foreground.shape == indices.shape == (2, 84) and not labels.any() and not foreground.any()
+    assert boxes.shape == (2, 84, 4) and scores.shape == (2, 84, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_have_the_dtype_of_scores_times_boxes(device, dtype):
+    arguments = trainer_arguments(device, scene(grid_points(64)[0], 9))
+    assigner = detops.TaskAlignedAssigner(topk=10, num_classes=3)
+    for boxes_dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        narrow = [arguments[0].to(dtype), arguments[1].to(boxes_dtype), *arguments[2:]]
+        scores = assigner(*narrow)[2]
+        assert scores.dtype == (narrow[0][:0, 0, 0] * narrow[1][:0, 0, 0]).dtype
+        # As from the same numbers in that dtype, with no rounding between.
+        wide = [each.to(torch.promote_types(scores.dtype, torch.float32)) for each in narrow[:2]]
+        assert torch.equal(scores, assigner(*wide, *narrow[2:])[2].to(scores.dtype))
+
+
+def test_small_boxes_are_enlarged_or_not(device):
+    arguments = trainer_arguments(device, scene(grid_points(64)[0], 20, size=6))
+    labels, valid = arguments[3][..., 0].long(), arguments[5][..., 0] > 0
+
+    def positives(**options):
+        found = detops.TaskAlignedAssigner(topk=10, num_classes=3, alpha=0.5, **options)(*arguments)[3]
+        size = options.get("min_size", 16.0)
+        of_function = detops.assign_task_aligned(*arguments[:3], labels, arguments[4], valid, min_size=size)
+        assert torch.equal(found, of_function.foreground)
+        return found.sum()
+
+    assert positives(min_size=0) < positives(min_size=8.0) < positives() == positives(min_size=16)
+
+
+def test_extra_keywords_change_nothing(device):
+    arguments = trainer_arguments(device, scene(grid_points(64)[0], 5))
+    assigner = detops.TaskAlignedAssigner(num_classes=3)
+    names = ("pd_scores", "pd_bboxes", "anc_points", "gt_labels", "gt_bboxes", "mask_gt")
+    with_extra = assigner(**dict(zip(names, arguments, strict=True)), stride_tensor=torch.ones(84, 1), sigmas=None)
+    assert all(map(torch.equal, assigner(*arguments), with_extra))
+
+
+def test_repr_shows_the_options():
+    shown = "topk=13, num_classes=80, alpha=1.0, beta=6.0, stride=[8, 16, 32], eps=1e-09, topk2=13"
+    assert repr(detops.TaskAlignedAssigner()) == f"TaskAlignedAssigner({shown})"
+    assert repr(detops.TaskAlignedAssigner(min_size=0)) == f"TaskAlignedAssigner({shown}, min_size=0)"
+
+
 def test_attributes_and_no_gradient(device):
     assigner = detops.TaskAlignedAssigner()
     assert (assigner.topk, assigner.topk2, assigner.num_classes, assigner.alpha, assigner.beta) == (
@@ -122,6 +170,9 @@ def test_attributes_and_no_gradient(device):
         ({"topk2": 0}, "topk2 must be at least 1, got 0"),
         ({"beta": -1.0}, "beta must be finite and above 0, got -1.0"),
         ({"stride": []}, "stride must have at least one level, got none"),
+        ({"stride": 8}, "stride must be a sequence of numbers, got 8"),
+        ({"topk": 1.5}, "topk must be an integer, got 1.5"),
+        ({"min_size": -1}, "min_size must be finite and at least 0, got -1"),
     ],
 )
 def test_bad_options(options, message):

@@ -20,8 +20,8 @@ DETOPS_CLONES bool pack_costs(const S* cost, int64_t queries, int64_t targets, i
     for (int64_t query = 0; query < queries; ++query) {
       for (int64_t t = 0; t < count; ++t) {
         const T value = static_cast<T>(cost[query * targets + t]);
-        good &= value > T(-kForbidden);
-        rows[query * padded + t] = value;
+        good &= is_cost(value);
+        rows[query * padded + t] = cost_or_forbidden(value);
       }
     }
     return good;
@@ -31,16 +31,17 @@ DETOPS_CLONES bool pack_costs(const S* cost, int64_t queries, int64_t targets, i
     for (int64_t t = 0; t < count; ++t) {
       for (int64_t query = first; query < end; ++query) {
         const T value = static_cast<T>(cost[query * targets + t]);
-        good &= value > T(-kForbidden);
-        rows[t * padded + query] = value;
+        good &= is_cost(value);
+        rows[t * padded + query] = cost_or_forbidden(value);
       }
     }
   }
   return good;
 }
 
+// As linear_sum_assignment_cuda.
 template <class S>
-void linear_sum_assignment_cpu(const char* op, const AssignmentInputs& inputs, int64_t* out) {
+int64_t linear_sum_assignment_cpu(const char* op, const AssignmentInputs& inputs, int64_t* out) {
   const S* const cost = inputs.cost.const_data_ptr<S>();
   const int64_t* const num_targets = inputs.num_targets ? inputs.num_targets->const_data_ptr<int64_t>() : nullptr;
   for (int64_t image = 0; num_targets != nullptr && image < inputs.images; ++image) {
@@ -58,20 +59,20 @@ void linear_sum_assignment_cpu(const char* op, const AssignmentInputs& inputs, i
       for (int64_t t = 0; t < inputs.targets; ++t) result[t] = -1;
       good[image] = pack_costs(cost + image * inputs.queries * inputs.targets, inputs.queries, inputs.targets, count,
                                solver.costs(rows, columns), padded_columns(columns));
+      if (inputs.invalid != InvalidCosts::kRaise) good[image] = true;
       if (!good[image]) continue;
-      const std::vector<int>& column_of = solver.solve();
+      const std::vector<int>& column_of = solver.solve(inputs.invalid == InvalidCosts::kLast);
       for (int64_t row = 0; row < rows; ++row) {
         if (column_of[row] < 0) continue;
         result[count <= inputs.queries ? row : column_of[row]] = count <= inputs.queries ? column_of[row] : row;
       }
     }
   });
-  for (int64_t image = 0; image < inputs.images; ++image) {
-    if (!good[image]) fail(op, "cost must be free of NaN and -inf, got one in problem " + std::to_string(image));
-  }
+  const bool* const bad = std::find(good.get(), good.get() + inputs.images, false);
+  return bad < good.get() + inputs.images ? bad - good.get() : -1;
 }
 
-Tensor linear_sum_assignment(const Tensor& cost, const std::optional<Tensor>& num_targets) {
+Tensor linear_sum_assignment(const Tensor& cost, const std::optional<Tensor>& num_targets, int64_t invalid) {
   const char* const op = "linear_sum_assignment";
   check_shape(op, "cost", cost, "[B, Q, T]", {-1, -1, -1});
   check_floating(op, "cost", cost);
@@ -81,7 +82,8 @@ Tensor linear_sum_assignment(const Tensor& cost, const std::optional<Tensor>& nu
     fail(op,
          "cost must have at most " + std::to_string(kMostRows / 2) + " queries and targets, got " + shape_text(cost));
   }
-  AssignmentInputs inputs{as_contiguous(cost), std::nullopt, std::nullopt, images, queries, targets, false};
+  AssignmentInputs inputs{as_contiguous(cost),       std::nullopt, std::nullopt, images, queries, targets, false,
+                          check_invalid(op, invalid)};
   if (num_targets.has_value()) {
     check_shape(op, "num_targets", *num_targets, "[B] with the B of cost", {images});
     if (num_targets->scalar_type() != ScalarType::Long) {
@@ -92,20 +94,22 @@ Tensor linear_sum_assignment(const Tensor& cost, const std::optional<Tensor>& nu
   }
   const Tensor out = allocate(op, {images, targets}, ScalarType::Long, cost);
   if (out.numel() == 0) return out;
+  int64_t bad = -1;
   if (on_gpu(op, cost)) {
-    DETOPS_GPU_ONLY(linear_sum_assignment_cuda(inputs, out));
+    DETOPS_GPU_ONLY(bad = linear_sum_assignment_cuda(inputs, out));
   } else {
     dispatch_floating(cost.scalar_type(), [&](auto tag) {
-      linear_sum_assignment_cpu<typename decltype(tag)::type>(op, inputs, out.mutable_data_ptr<int64_t>());
+      bad = linear_sum_assignment_cpu<typename decltype(tag)::type>(op, inputs, out.mutable_data_ptr<int64_t>());
     });
   }
+  if (bad >= 0) fail(op, "cost must be free of NaN and -inf, got one in problem " + std::to_string(bad));
   return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("linear_sum_assignment(Tensor cost, Tensor? num_targets) -> Tensor");
+  m.def("linear_sum_assignment(Tensor cost, Tensor? num_targets, int invalid=0) -> Tensor");
 }
 
 DETOPS_REGISTER(m) { m.impl("linear_sum_assignment", TORCH_BOX(&linear_sum_assignment)); }

@@ -11,8 +11,10 @@
 // At ties the search settles free columns before taken ones, then lower indices. Both devices do the same operations in
 // the same order, so that they find the same assignment also where several cost the same.
 //
-// A cost of infinity forbids a pair. Where not all rows can have a column, infinities count as a finite cost that is
-// too high for any other sum to make up for, so that as many rows as possible have one, at the least cost.
+// A cost that is NaN or infinite is invalid. Where not all rows can have a column of a valid cost, the search runs in
+// tiers: costs, lengths and duals are pairs of a number of invalid costs and a sum of valid ones, which rank by the
+// number first. So as few pairs as possible are invalid, and the sum of the others is the least that is possible then,
+// with no rounding by a huge number in the place of infinity. Invalid pairs are then dropped, or kept (kLast).
 #pragma once
 
 #include <limits>
@@ -23,17 +25,26 @@
 
 namespace DETOPS_NAMESPACE {
 
+// How invalid costs are met: +infinity in place of NaN and -infinity; an error for these two; pairs like any other once
+// nothing else is left.
+enum class InvalidCosts : int64_t { kForbid, kRaise, kLast };
+
 constexpr double kForbidden = std::numeric_limits<double>::infinity();
-constexpr double kMostCost = std::numeric_limits<double>::max() / 16;
 
-// NaN and -infinity are no costs. Only the GPU gets to see them: the CPU refuses them.
-DETOPS_HD double cost_or_forbidden(double cost) { return cost > -kForbidden ? cost : kForbidden; }
-
-// The first dual of a row, given its least cost. `substitute` stands for infinite costs.
-DETOPS_HD double first_row_dual(double least, double substitute) {
-  if (least < kForbidden) return least;
-  return substitute < kForbidden ? substitute : 0.0;
+// False for what kRaise raises for.
+template <class T>
+DETOPS_HD bool is_cost(T cost) {
+  return cost > -std::numeric_limits<T>::infinity();
 }
+// All invalid costs are the same to the search.
+template <class T>
+DETOPS_HD T cost_or_forbidden(T cost) {
+  return is_cost(cost) ? cost : std::numeric_limits<T>::infinity();
+}
+
+// The first dual of a row, given its least cost, and its tier.
+DETOPS_HD double first_row_dual(double least) { return least < kForbidden ? least : 0.0; }
+DETOPS_HD int first_row_tier(double least) { return least < kForbidden ? 0 : 1; }
 
 // `base` is the length of the path up to a row less the dual of the row.
 DETOPS_HD double path_length(double base, double cost, double column_dual) { return base + (cost - column_dual); }
@@ -42,19 +53,17 @@ DETOPS_HD double path_length(double base, double cost, double column_dual) { ret
 struct Nearest {
   double length;
   int rank;  // the column, or column + columns where it is taken
+  int tier;  // 0 outside of the search in tiers
 };
+template <bool tiered>
 DETOPS_HD bool comes_before(const Nearest& a, const Nearest& b) {
+  if (tiered && a.tier != b.tier) return a.tier < b.tier;
   return a.length < b.length || (a.length == b.length && a.rank < b.rank);
 }
 
-// What infinities count as where some row must do without a column, given the range of the finite costs. Infinite
-// `least` says that there are none.
-DETOPS_HD double prohibitive_cost(double least, double most, int rows) {
-  if (least > most) return 1.0;
-  const double magnitude = max_of(max_of(most, -least), 1.0);
-  const double spread = most > least ? most - least : magnitude;
-  return min_of(most + (rows + 1.0) * spread, kMostCost);
-}
+// What valid costs up to this magnitude are multiplied by in the search in tiers, so that no length overflows: it is a
+// sum of at most 2^32 of them.
+DETOPS_HD double cost_scale(double magnitude) { return magnitude > 0x1p960 ? 0x1p-64 : 1.0; }
 
 // Contiguous costs: [B, Q, T], or [B, T, Q] if they stand by target. Of the targets take part the first num_targets,
 // or the valid ones.
@@ -63,9 +72,16 @@ struct AssignmentInputs {
   std::optional<Tensor> num_targets, valid;
   int64_t images, queries, targets;
   bool by_target;
+  InvalidCosts invalid;
 };
 
-// The launch. Arguments were checked; `out` [B, T] is allocated and not empty.
-void linear_sum_assignment_cuda(const AssignmentInputs& inputs, const Tensor& out);
+inline InvalidCosts check_invalid(const char* op, int64_t invalid) {
+  if (invalid >= 0 && invalid <= int64_t(InvalidCosts::kLast)) return static_cast<InvalidCosts>(invalid);
+  fail(op, "invalid must be 0 (forbid), 1 (raise) or 2 (last), got " + std::to_string(invalid));
+}
+
+// The launch. Arguments were checked; `out` [B, T] is allocated and not empty. Returns the first problem with a cost
+// that kRaise raises for, which it waits for; -1 if there is none, and for the others.
+int64_t linear_sum_assignment_cuda(const AssignmentInputs& inputs, const Tensor& out);
 
 }  // namespace DETOPS_NAMESPACE

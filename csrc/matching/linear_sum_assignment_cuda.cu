@@ -2,6 +2,10 @@
 //
 //   1. transpose  the costs, so that those of a target stand together (not where they do already)
 //   2. assign     a thread has every 256th column; the search takes one barrier a step
+#include <algorithm>
+#include <vector>
+
+#include "common/counted.h"
 #include "common/launch_cuda.cuh"
 #include "matching/linear_sum_assignment.h"
 
@@ -37,11 +41,13 @@ __global__ void assignment_transpose_kernel(const S* cost, int64_t rows, int64_t
   }
 }
 
-__device__ inline Nearest warp_nearest(Nearest best) {
+template <bool tiered>
+__device__ Nearest warp_nearest(Nearest best) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     const Nearest other{__shfl_xor_sync(kFullWarp, best.length, distance),
-                        __shfl_xor_sync(kFullWarp, best.rank, distance)};
-    if (comes_before(other, best)) best = other;
+                        __shfl_xor_sync(kFullWarp, best.rank, distance),
+                        tiered ? __shfl_xor_sync(kFullWarp, best.tier, distance) : 0};
+    if (comes_before<tiered>(other, best)) best = other;
   }
   return best;
 }
@@ -53,42 +59,51 @@ struct AssignmentCosts {
   int64_t query_stride, target_stride;
   const int* targets;  // those that take part
   bool by_target;      // rows are targets
-  double substitute;   // stands for infinity
 
-  __device__ double raw(int row, int column) const {
+  __device__ double given(int row, int column) const {
     const int64_t target = targets[by_target ? row : column], query = by_target ? column : row;
-    return cost_or_forbidden(
-        static_cast<double>(static_cast<ComputeType<S>>(data[query * query_stride + target * target_stride])));
+    return static_cast<double>(static_cast<ComputeType<S>>(data[query * query_stride + target * target_stride]));
   }
-  __device__ double operator()(int row, int column) const {
-    const double cost = raw(row, column);
-    return cost < kForbidden ? cost : substitute;
-  }
+  __device__ double operator()(int row, int column) const { return cost_or_forbidden(given(row, column)); }
 };
 
-// Memory of one problem with up to `rows` rows and `columns` columns.
+// Memory of one problem. As many targets as there are at most take part, so that it has min(queries, targets) rows at
+// most, and max(queries, targets) columns.
 struct AssignmentMemory {
-  double *row_dual, *column_dual, *length;
-  int *column_of, *row_of, *from_row, *targets;
-  bool* settled;
+  Counted<double> row_dual, column_dual, length;
+  Counted<int> column_of, row_of, from_row, targets;
+  Counted<int> row_tier, column_tier, tier;  // of the search in tiers; tier is that of length
+  Counted<bool> settled;
 
   static int64_t bytes(int64_t rows, int64_t columns, int64_t targets) {
-    return ceil_div<int64_t>(8 * (rows + 2 * columns) + 4 * (rows + 2 * columns + targets) + columns, 16) * 16;
+    return ceil_div<int64_t>(8 * (rows + 2 * columns) + 4 * (2 * rows + 4 * columns + targets) + columns, 16) * 16;
   }
-  __device__ AssignmentMemory(void* memory, int64_t rows, int64_t columns, int64_t target_count)
-      : row_dual(static_cast<double*>(memory)),
-        column_dual(row_dual + rows),
-        length(column_dual + columns),
-        column_of(reinterpret_cast<int*>(length + columns)),
-        row_of(column_of + rows),
-        from_row(row_of + columns),
-        targets(from_row + columns),
-        settled(reinterpret_cast<bool*>(targets + target_count)) {}
+  __device__ AssignmentMemory(void* memory, int64_t rows, int64_t columns, int64_t target_count) {
+    unsigned char* next = static_cast<unsigned char*>(memory);
+    take(next, "row_dual", rows, row_dual);
+    take(next, "column_dual", columns, column_dual);
+    take(next, "length", columns, length);
+    take(next, "column_of", rows, column_of);
+    take(next, "row_of", columns, row_of);
+    take(next, "from_row", columns, from_row);
+    take(next, "targets", target_count, targets);
+    take(next, "row_tier", rows, row_tier);
+    take(next, "column_tier", columns, column_tier);
+    take(next, "tier", columns, tier);
+    take(next, "settled", columns, settled);
+  }
+
+ private:
+  template <class T>
+  __device__ static void take(unsigned char*& next, const char* name, int64_t count, Counted<T>& part) {
+    part = Counted<T>("linear_sum_assignment", name, reinterpret_cast<T*>(next), count);
+    next += count * sizeof(T);
+  }
 };
 
 // Lists the targets that take part, in order; returns how many. The first warp.
 __device__ inline int list_targets(const int64_t* num_targets, const bool* valid, int64_t image, int target_count,
-                                   int* targets) {
+                                   const Counted<int>& targets) {
   const int lane = threadIdx.x % kWarpSize;
   const int64_t limit = num_targets != nullptr ? num_targets[image] : target_count;
   int count = 0;
@@ -103,24 +118,29 @@ __device__ inline int list_targets(const int64_t* num_targets, const bool* valid
   return count;
 }
 
-// The column of each row in memory.column_of, or -1; false if some row finds none. All threads of the block.
-template <class S>
-__device__ bool assign(const AssignmentCosts<S>& cost, const AssignmentMemory& memory, int rows, int columns,
-                       Nearest* warp_best) {
+// The column of each row in memory.column_of, or -1; false if some row finds none, which in tiers does not happen. All
+// threads of the block. Sets `bad` where a thread has seen what InvalidCosts::kRaise raises for; each cost is seen.
+template <bool tiered, class S>
+__device__ bool assign(const AssignmentCosts<S>& cost, double scale, const AssignmentMemory& memory, int rows,
+                       int columns, Nearest* warp_best, bool& bad) {
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   for (int j = threadIdx.x; j < columns; j += kThreads) {
     memory.column_dual[j] = 0.0;
     memory.row_of[j] = -1;
+    if (tiered) memory.column_tier[j] = 0;
   }
   for (int row = warp; row < rows; row += kWarps) {
-    Nearest least{kForbidden, columns};
+    Nearest least{kForbidden, columns, 0};
     for (int j = lane; j < columns; j += kWarpSize) {
-      const Nearest other{cost.raw(row, j), j};
-      if (comes_before(other, least)) least = other;
+      const double given = cost.given(row, j);
+      bad |= !is_cost(given);
+      const Nearest other{cost_or_forbidden(given), j, 0};
+      if (comes_before<false>(other, least)) least = other;
     }
-    least = warp_nearest(least);
+    least = warp_nearest<false>(least);
     if (lane == 0) {
-      memory.row_dual[row] = first_row_dual(least.length, cost.substitute);
+      memory.row_dual[row] = first_row_dual(least.length) * (tiered ? scale : 1.0);
+      if (tiered) memory.row_tier[row] = first_row_tier(least.length);
       memory.column_of[row] = least.length < kForbidden ? least.rank : -1;
     }
   }
@@ -142,34 +162,49 @@ __device__ bool assign(const AssignmentCosts<S>& cost, const AssignmentMemory& m
     if (memory.column_of[start] >= 0) continue;
     for (int j = threadIdx.x; j < columns; j += kThreads) {
       memory.length[j] = kForbidden;
+      if (tiered) memory.tier[j] = INT32_MAX;
       memory.settled[j] = false;
     }
-    int row = start, column = -1;
+    int row = start, column = -1, tier = 0;
     double length = 0.0;
     while (row >= 0) {
       const double base = length - memory.row_dual[row];
-      Nearest best{kForbidden, 2 * columns};
+      const int base_tier = tiered ? tier - memory.row_tier[row] : 0;
+      Nearest best{kForbidden, 2 * columns, INT32_MAX};
       for (int j = threadIdx.x; j < columns; j += kThreads) {
         if (memory.settled[j]) continue;
-        const double through = path_length(base, cost(row, j), memory.column_dual[j]);
-        if (through < memory.length[j]) {
-          memory.length[j] = through;
-          memory.from_row[j] = row;
+        const double given = cost(row, j);
+        bool shorter;
+        if (tiered) {
+          const bool valid = given < kForbidden;
+          const double through = path_length(base, valid ? given * scale : 0.0, memory.column_dual[j]);
+          const int through_tier = base_tier + !valid - memory.column_tier[j], before = memory.tier[j];
+          shorter = through_tier < before || (through_tier == before && through < memory.length[j]);
+          if (shorter) {
+            memory.length[j] = through;
+            memory.tier[j] = through_tier;
+          }
+        } else {
+          const double through = path_length(base, given, memory.column_dual[j]);
+          shorter = through < memory.length[j];
+          if (shorter) memory.length[j] = through;
         }
-        const Nearest other{memory.length[j], memory.row_of[j] < 0 ? j : j + columns};
-        if (comes_before(other, best)) best = other;
+        if (shorter) memory.from_row[j] = row;
+        const Nearest other{memory.length[j], memory.row_of[j] < 0 ? j : j + columns, tiered ? memory.tier[j] : 0};
+        if (comes_before<tiered>(other, best)) best = other;
       }
       // Two sets, in turn: nobody writes to a set before all have read it.
       Nearest* const of_step = warp_best + (step++ & 1) * kWarps;
-      best = warp_nearest(best);
+      best = warp_nearest<tiered>(best);
       if (lane == 0) of_step[warp] = best;
       __syncthreads();
       best = of_step[0];
       for (int i = 1; i < kWarps; ++i) {
-        if (comes_before(of_step[i], best)) best = of_step[i];
+        if (comes_before<tiered>(of_step[i], best)) best = of_step[i];
       }
       if (!(best.length < kForbidden)) return false;
       length = best.length;
+      tier = best.tier;
       column = best.rank < columns ? best.rank : best.rank - columns;
       if (column % kThreads == static_cast<int>(threadIdx.x)) memory.settled[column] = true;
       row = memory.row_of[column];
@@ -179,10 +214,15 @@ __device__ bool assign(const AssignmentCosts<S>& cost, const AssignmentMemory& m
       const double change = length - memory.length[j];
       memory.row_dual[memory.row_of[j]] += change;
       memory.column_dual[j] -= change;
+      if (!tiered) continue;
+      const int tier_change = tier - memory.tier[j];
+      memory.row_tier[memory.row_of[j]] += tier_change;
+      memory.column_tier[j] -= tier_change;
     }
     __syncthreads();
     if (threadIdx.x == 0) {
       memory.row_dual[start] += length;
+      if (tiered) memory.row_tier[start] += tier;
       for (int from = -1; from != start;) {
         from = memory.from_row[column];
         const int before = memory.column_of[from];
@@ -199,11 +239,12 @@ __device__ bool assign(const AssignmentCosts<S>& cost, const AssignmentMemory& m
 // blockIdx.x is the problem.
 template <class S>
 __global__ void linear_sum_assignment_kernel(const S* all_costs, int query_count, int target_count, bool by_target,
-                                             const int64_t* num_targets, const bool* valid, unsigned char* global,
-                                             int64_t memory_bytes, int64_t* out) {
+                                             const int64_t* num_targets, const bool* valid, bool keep_invalid,
+                                             unsigned char* global, int64_t memory_bytes, int* bad_problems,
+                                             int64_t* out) {
   DETOPS_DYNAMIC_SHARED(unsigned char, shared);
   DETOPS_SHARED(Nearest, warp_best, 2 * kWarps);
-  DETOPS_SHARED(double, extremes, 2 * kWarps);
+  DETOPS_SHARED(double, magnitudes, kWarps);
   DETOPS_SHARED(int, used_count, 1);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t image = blockIdx.x;
@@ -218,41 +259,30 @@ __global__ void linear_sum_assignment_kernel(const S* all_costs, int query_count
   __syncthreads();
   const int used = used_count[0];
   const int rows = min(used, query_count), columns = max(used, query_count);
-  AssignmentCosts<S> cost{all_costs + image * query_count * target_count,
-                          by_target ? 1 : target_count,
-                          by_target ? query_count : 1,
-                          memory.targets,
-                          used <= query_count,
-                          kForbidden};
-  if (!assign(cost, memory, rows, columns, warp_best)) {
-    double least = kForbidden, most = -kForbidden;
+  AssignmentCosts<S> cost{all_costs + image * query_count * target_count, by_target ? 1 : target_count,
+                          by_target ? query_count : 1, memory.targets.data(), used <= query_count};
+  bool bad = false;
+  const bool assigned = assign<false>(cost, 1.0, memory, rows, columns, warp_best, bad);
+  if (bad && bad_problems != nullptr) relaxed_store(bad_problems + image, 1);
+  if (!assigned) {
+    double magnitude = 0.0;
     for (int row = warp; row < rows; row += kWarps) {
       for (int j = lane; j < columns; j += kWarpSize) {
-        const double value = cost.raw(row, j);
-        if (!(value < kForbidden)) continue;
-        least = min_of(value, least);
-        most = max_of(value, most);
+        const double value = cost(row, j);
+        if (value < kForbidden) magnitude = max_of(max_of(value, -value), magnitude);
       }
     }
     for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
-      least = min_of(__shfl_xor_sync(kFullWarp, least, distance), least);
-      most = max_of(__shfl_xor_sync(kFullWarp, most, distance), most);
+      magnitude = max_of(__shfl_xor_sync(kFullWarp, magnitude, distance), magnitude);
     }
-    if (lane == 0) {
-      extremes[warp] = least;
-      extremes[kWarps + warp] = most;
-    }
+    if (lane == 0) magnitudes[warp] = magnitude;
     __syncthreads();
-    for (int i = 0; i < kWarps; ++i) {
-      least = min_of(extremes[i], least);
-      most = max_of(extremes[kWarps + i], most);
-    }
-    cost.substitute = prohibitive_cost(least, most, rows);
-    assign(cost, memory, rows, columns, warp_best);
+    for (int i = 0; i < kWarps; ++i) magnitude = max_of(magnitudes[i], magnitude);
+    assign<true>(cost, cost_scale(magnitude), memory, rows, columns, warp_best, bad);
   }
   for (int row = threadIdx.x; row < rows; row += kThreads) {
     const int column = memory.column_of[row];
-    if (column < 0 || !(cost.raw(row, column) < kForbidden)) continue;
+    if (column < 0 || !(keep_invalid || cost(row, column) < kForbidden)) continue;
     const int target = memory.targets[cost.by_target ? row : column];
     out[image * target_count + target] = cost.by_target ? column : row;
   }
@@ -260,7 +290,7 @@ __global__ void linear_sum_assignment_kernel(const S* all_costs, int query_count
 
 }  // namespace
 
-void linear_sum_assignment_cuda(const AssignmentInputs& inputs, const Tensor& out) {
+int64_t linear_sum_assignment_cuda(const AssignmentInputs& inputs, const Tensor& out) {
   const char* const op = "linear_sum_assignment";
   const CudaScope scope(inputs.cost);
   const cudaStream_t stream = scope.stream();
@@ -271,6 +301,11 @@ void linear_sum_assignment_cuda(const AssignmentInputs& inputs, const Tensor& ou
   const int64_t bytes = AssignmentMemory::bytes(min_of(queries, targets), max_of(queries, targets), targets);
   const bool in_shared = bytes <= int64_t(kSharedBytes);
   const Tensor global = scratch(in_shared ? 0 : inputs.images * bytes);
+  const bool raise = inputs.invalid == InvalidCosts::kRaise;
+  const Tensor bad_problems = scratch(raise ? inputs.images * int64_t(sizeof(int)) : 0);
+  if (raise) {
+    check_cuda(cudaMemsetAsync(bad_problems.mutable_data_ptr(), 0, inputs.images * sizeof(int), stream), op);
+  }
   if (inputs.images > INT32_MAX) fail(op, "cost must have at most 2^31 problems, got " + shape_text(inputs.cost));
   dispatch_floating(inputs.cost.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
@@ -284,14 +319,23 @@ void linear_sum_assignment_cuda(const AssignmentInputs& inputs, const Tensor& ou
                     targets, static_cast<int>(row_tiles), static_cast<int>(column_tiles), target_rows);
       cost = target_rows;
     }
-    DETOPS_LAUNCH((linear_sum_assignment_kernel<S>), static_cast<unsigned>(inputs.images), kThreads,
-                  in_shared ? static_cast<size_t>(bytes) : 0, stream, cost, static_cast<int>(queries),
-                  static_cast<int>(targets), inputs.by_target || transpose,
-                  inputs.num_targets ? inputs.num_targets->const_data_ptr<int64_t>() : nullptr,
-                  inputs.valid ? static_cast<const bool*>(inputs.valid->const_data_ptr()) : nullptr,
-                  in_shared ? nullptr : static_cast<unsigned char*>(global.mutable_data_ptr()), bytes,
-                  out.mutable_data_ptr<int64_t>());
+    DETOPS_LAUNCH(
+        (linear_sum_assignment_kernel<S>), static_cast<unsigned>(inputs.images), kThreads,
+        in_shared ? static_cast<size_t>(bytes) : 0, stream, cost, static_cast<int>(queries), static_cast<int>(targets),
+        inputs.by_target || transpose, inputs.num_targets ? inputs.num_targets->const_data_ptr<int64_t>() : nullptr,
+        inputs.valid ? static_cast<const bool*>(inputs.valid->const_data_ptr()) : nullptr,
+        inputs.invalid == InvalidCosts::kLast,
+        in_shared ? nullptr : static_cast<unsigned char*>(global.mutable_data_ptr()), bytes,
+        raise ? static_cast<int*>(bad_problems.mutable_data_ptr()) : nullptr, out.mutable_data_ptr<int64_t>());
   });
+  if (!raise) return -1;
+  std::vector<int> bad(inputs.images);
+  check_cuda(cudaMemcpyAsync(bad.data(), bad_problems.const_data_ptr(), bad.size() * sizeof(int),
+                             cudaMemcpyDeviceToHost, stream),
+             op);
+  check_cuda(cudaStreamSynchronize(stream), op);
+  const auto first = std::find(bad.begin(), bad.end(), 1);
+  return first != bad.end() ? first - bad.begin() : -1;
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -54,15 +54,15 @@ DETOPS_CLONES void focal_costs(const T* logits, int64_t queries, int64_t classes
   }
 }
 
-// Replaces the class costs of a box by the whole costs. False where one is no number.
+// Replaces the class costs of a box by the whole costs. False where one is NaN or -infinity.
 template <class T>
 DETOPS_CLONES bool add_box_costs(const DetrBox<T>* boxes, int64_t queries, const DetrBox<T>& gt, T class_weight,
                                  T l1_weight, T giou_weight, T* __restrict__ costs, int64_t step) {
   bool good = true;
   for (int64_t q = 0; q < queries; ++q) {
     const T cost = detr_cost(boxes[q], gt, costs[q * step], class_weight, l1_weight, giou_weight);
-    good &= cost > T(-kForbidden);
-    costs[q * step] = cost;
+    good &= is_cost(cost);
+    costs[q * step] = cost_or_forbidden(cost);
   }
   return good;
 }
@@ -78,7 +78,7 @@ class DetrMatching {
         sum_(inputs.queries),
         class_costs_(inputs.queries) {}
 
-  // False if a cost is no number.
+  // False if a cost is what InvalidCosts::kRaise raises for.
   bool run(int64_t image, int64_t* out) {
     const T* const logits = inputs_.logits.template const_data_ptr<T>() + image * inputs_.queries * inputs_.classes;
     const T* const boxes = inputs_.boxes.template const_data_ptr<T>() + image * inputs_.queries * 4;
@@ -112,8 +112,8 @@ class DetrMatching {
       good &= add_box_costs(boxes_.data(), queries, detr_box(load_box<T>(gt_boxes + 4 * used_[t]), options_.xyxy),
                             T(options_.class_weight), T(options_.l1_weight), T(options_.giou_weight), to, step);
     }
-    if (!good) return false;
-    const std::vector<int>& column_of = solver_.solve();
+    if (!good && options_.invalid == InvalidCosts::kRaise) return false;
+    const std::vector<int>& column_of = solver_.solve(options_.invalid == InvalidCosts::kLast);
     for (int64_t row = 0; row < rows; ++row) {
       if (column_of[row] < 0) continue;
       out[used_[by_gt ? row : column_of[row]]] = by_gt ? column_of[row] : row;
@@ -152,6 +152,22 @@ void check_labels(const char* op, const DetrInputs& inputs) {
   }
 }
 
+// As match_detr_cuda.
+int64_t match_detr_cpu(const char* op, const DetrInputs& inputs, const DetrOptions& options, int64_t* out) {
+  check_labels(op, inputs);
+  const std::unique_ptr<bool[]> good(new bool[inputs.images]);
+  dispatch_compute_type(inputs.logits.scalar_type(), [&](auto tag) {
+    parallel_items(inputs.images, [&](const auto& next) {
+      DetrMatching<typename decltype(tag)::type> matching(inputs, options);
+      for (int64_t image = next(); image >= 0; image = next()) {
+        good[image] = matching.run(image, out + image * inputs.gts);
+      }
+    });
+  });
+  const bool* const bad = std::find(good.get(), good.get() + inputs.images, false);
+  return bad < good.get() + inputs.images ? bad - good.get() : -1;
+}
+
 DetrInputs check_inputs(const char* op, const Tensor& logits, const Tensor& boxes, const Tensor& gt_boxes,
                         const Tensor& gt_labels, const std::optional<Tensor>& gt_valid) {
   check_shape(op, "logits", logits, "[B, Q, C]", {-1, -1, -1});
@@ -164,6 +180,7 @@ DetrInputs check_inputs(const char* op, const Tensor& logits, const Tensor& boxe
     fail(op, "boxes and gt_boxes must have at most " + std::to_string(kMostRows / 2) + " rows, got " +
                  shape_text(boxes) + " and " + shape_text(gt_boxes));
   }
+  check_row_count(op, "logits", classes, "classes");
   const ScalarType dtype = logits.scalar_type();
   if (dtype != ScalarType::Float && dtype != ScalarType::Double) {
     fail(op, "logits must be float32 or float64, got " + dtype_name(dtype));
@@ -189,33 +206,22 @@ DetrInputs check_inputs(const char* op, const Tensor& logits, const Tensor& boxe
 
 Tensor match_detr(const Tensor& logits, const Tensor& boxes, const Tensor& gt_boxes, const Tensor& gt_labels,
                   const std::optional<Tensor>& gt_valid, bool focal, double class_weight, double l1_weight,
-                  double giou_weight, double alpha, double gamma, bool xyxy) {
+                  double giou_weight, double alpha, double gamma, bool xyxy, int64_t invalid) {
   const char* const op = "match_detr";
   const DetrInputs inputs = check_inputs(op, logits, boxes, gt_boxes, gt_labels, gt_valid);
-  const DetrOptions options{focal, xyxy, class_weight, l1_weight, giou_weight, alpha, gamma};
+  const DetrOptions options{focal,       xyxy,  class_weight, l1_weight,
+                            giou_weight, alpha, gamma,        check_invalid(op, invalid)};
   const Tensor out = allocate(op, {inputs.images, inputs.gts}, ScalarType::Long, logits);
   if (out.numel() == 0) return out;
+  int64_t bad = -1;
   if (on_gpu(op, logits)) {
-    DETOPS_GPU_ONLY(match_detr_cuda(inputs, options, out));
-    return out;
+    DETOPS_GPU_ONLY(bad = match_detr_cuda(inputs, options, out));
+  } else {
+    bad = match_detr_cpu(op, inputs, options, out.mutable_data_ptr<int64_t>());
   }
-  check_labels(op, inputs);
-  int64_t* const result = out.mutable_data_ptr<int64_t>();
-  const std::unique_ptr<bool[]> good(new bool[inputs.images]);
-  dispatch_compute_type(logits.scalar_type(), [&](auto tag) {
-    parallel_items(inputs.images, [&](const auto& next) {
-      DetrMatching<typename decltype(tag)::type> matching(inputs, options);
-      for (int64_t image = next(); image >= 0; image = next()) {
-        good[image] = matching.run(image, result + image * inputs.gts);
-      }
-    });
-  });
-  for (int64_t image = 0; image < inputs.images; ++image) {
-    if (good[image]) continue;
-    fail(op, "costs must be numbers, got NaN or -inf in image " + std::to_string(image) +
-                 ", as of a NaN or infinite logit or box, or of a pair of empty boxes");
-  }
-  return out;
+  if (bad < 0) return out;
+  fail(op, "costs must be numbers, got NaN or -inf in image " + std::to_string(bad) +
+               ", as of a NaN or infinite logit or box");
 }
 
 }  // namespace
@@ -223,7 +229,8 @@ Tensor match_detr(const Tensor& logits, const Tensor& boxes, const Tensor& gt_bo
 STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
   m.def(
       "match_detr(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor? gt_valid, bool focal, "
-      "float class_weight, float l1_weight, float giou_weight, float alpha, float gamma, bool xyxy) -> Tensor");
+      "float class_weight, float l1_weight, float giou_weight, float alpha, float gamma, bool xyxy, int invalid=0) "
+      "-> Tensor");
 }
 
 DETOPS_REGISTER(m) { m.impl("match_detr", TORCH_BOX(&match_detr)); }

@@ -7,6 +7,7 @@
 //   softmax  class = -exp(x - max) / sum(exp(x_k - max))                                       Carion et al., 2020
 //   focal    class = alpha (1 - p)^gamma (-log(p + eps)) - (1 - alpha) p^gamma (-log(1 - p + eps)),  p = sigmoid(x),
 //            eps = 1e-8                                                                         Zhu et al., 2021
+// Two boxes without area have IoU 0, and a smallest box around both without area takes nothing from it.
 // The class term is computed in double and rounded once, the rest step by step in the boxes' dtype. The sum of the
 // softmax runs over 32 lanes, class k in lane k % 32, then over the lanes in a tree.
 #pragma once
@@ -15,6 +16,7 @@
 
 #include "common/math.h"
 #include "iou/iou.h"
+#include "matching/linear_sum_assignment.h"
 #include "matching/match_inputs.h"
 
 namespace DETOPS_NAMESPACE {
@@ -25,6 +27,7 @@ struct DetrOptions {
   bool focal, xyxy;
   double class_weight, l1_weight, giou_weight;
   double alpha, gamma;
+  InvalidCosts invalid;
 };
 
 // Of one query over its classes.
@@ -67,13 +70,21 @@ DETOPS_HD T distance_of(T a, T b) {
   return a < b ? b - a : a - b;
 }
 
+// The generalized IoU, but for 0 / 0.
+template <class T>
+DETOPS_HD T detr_giou(const IouBox<T>& query, const IouBox<T>& gt) {
+  const IouParts<T> parts = iou_parts(query, gt);
+  const T around = parts.around_width * parts.around_height, rest = around - parts.union_area;
+  const T iou = (parts.intersection == T(0)) & (parts.union_area == T(0)) ? T(0) : parts.iou;
+  return iou - ((rest == T(0)) & (around == T(0)) ? T(0) : rest / around);
+}
+
 template <class T>
 DETOPS_HD T detr_cost(const DetrBox<T>& query, const DetrBox<T>& gt, T class_cost, T class_weight, T l1_weight,
                       T giou_weight) {
   const T l1 = distance_of(query.centre_x, gt.centre_x) + distance_of(query.centre_y, gt.centre_y) +
                distance_of(query.width, gt.width) + distance_of(query.height, gt.height);
-  const T giou = iou_value<IouKind::kGeneralized>(query.corners, gt.corners, T(0));
-  return l1_weight * l1 + class_weight * class_cost + giou_weight * -giou;
+  return l1_weight * l1 + class_weight * class_cost + giou_weight * -detr_giou(query.corners, gt.corners);
 }
 
 // Checked and contiguous; logits and boxes of one dtype, float32 or float64.
@@ -83,7 +94,8 @@ struct DetrInputs {
   int64_t images, queries, classes, gts;
 };
 
-// The launch. Arguments were checked; `out` [B, M] is allocated and not empty.
-void match_detr_cuda(const DetrInputs& inputs, const DetrOptions& options, const Tensor& out);
+// The launch. Arguments were checked; `out` [B, M] is allocated and not empty. Returns what linear_sum_assignment_cuda
+// does.
+int64_t match_detr_cuda(const DetrInputs& inputs, const DetrOptions& options, const Tensor& out);
 
 }  // namespace DETOPS_NAMESPACE

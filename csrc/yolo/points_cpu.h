@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/counted.h"
 #include "common/parallel_cpu.h"
 #include "yolo/points.h"
 
@@ -16,9 +17,10 @@ struct PointColumns {
 };
 
 // Writes the points inside of the box to `found`, ascending, and returns how many they are. `found` has room for one
-// more than there are points.
+// more than there are points: each lane writes, those that are not inside to the place of the next one. The padding is
+// NaN, which is inside of nothing.
 template <class T>
-DETOPS_CLONES int64_t find_inside(const PointColumns<T>& points, const Box<T>& box, T margin, int32_t* found) {
+DETOPS_CLONES int64_t find_inside(const PointColumns<T>& points, const Box<T>& box, T margin, Counted<int32_t> found) {
   int64_t count = 0;
   bool hit[kPointBlock], inside[kPointBlock];
   for (int64_t first = 0; first < points.blocks; first += kPointBlock) {
@@ -49,7 +51,7 @@ DETOPS_CLONES int64_t find_inside(const PointColumns<T>& points, const Box<T>& b
 // `reach` is the largest stride of each block.
 template <class T>
 DETOPS_CLONES int64_t find_near(const PointColumns<T>& points, const T* strides, const T* reach, T x, T y, T radius,
-                                int32_t* found) {
+                                Counted<int32_t> found) {
   int64_t count = 0;
   bool hit[kPointBlock], near[kPointBlock];
   for (int64_t first = 0; first < points.blocks; first += kPointBlock) {

@@ -1,6 +1,7 @@
 // points.h for a GPU: the bounds of the blocks of points, and the search of those inside a box by the warps of a block.
 #pragma once
 
+#include "common/counted.h"
 #include "common/launch_cuda.cuh"
 #include "yolo/points.h"
 
@@ -8,16 +9,23 @@ namespace DETOPS_NAMESPACE {
 
 static_assert(kPointBlock == kWarpSize);
 
-// The bounds of the block of points that a warp's lanes hold: `i` is the lane's point. By whole warps.
+// The bounds around those of all lanes, in all lanes. By whole warps.
 template <class T>
-__device__ void store_bounds(const T* points, int64_t count, int64_t i, Box<T>* bounds) {
-  Box<T> own = no_bounds<T>();
-  if (i < count) extend(own, points[2 * i], points[2 * i + 1]);
+__device__ Box<T> warp_bounds(Box<T> own) {
   for (int distance = kWarpSize / 2; distance > 0; distance /= 2) {
     const T x1 = __shfl_xor_sync(kFullWarp, own.x1, distance), y1 = __shfl_xor_sync(kFullWarp, own.y1, distance);
     const T x2 = __shfl_xor_sync(kFullWarp, own.x2, distance), y2 = __shfl_xor_sync(kFullWarp, own.y2, distance);
     own = {min_of(own.x1, x1), min_of(own.y1, y1), max_of(own.x2, x2), max_of(own.y2, y2)};
   }
+  return own;
+}
+
+// The bounds of the block of points that a warp's lanes hold: `i` is the lane's point. By whole warps.
+template <class T>
+__device__ void store_bounds(const T* points, int64_t count, int64_t i, Box<T>* bounds) {
+  Box<T> own = no_bounds<T>();
+  if (i < count) extend(own, points[2 * i], points[2 * i + 1]);
+  own = warp_bounds(own);
   if (i % kWarpSize == 0) bounds[i / kWarpSize] = own;
 }
 
@@ -25,8 +33,11 @@ __device__ void store_bounds(const T* points, int64_t count, int64_t i, Box<T>* 
 // has read since the barrier before the last.
 class PointQueue {
  public:
+  // A caller pops as soon as there are kWarpSize points, so that a push makes at most 2 kWarpSize - 1 of them; those of
+  // the two pops before may still be read.
   static constexpr int kSize = 4 * kWarpSize;
-  __device__ explicit PointQueue(int* slots) : slots_(slots), begin_(0), count_(0), lane_(threadIdx.x % kWarpSize) {}
+  __device__ explicit PointQueue(int* slots)
+      : slots_("PointQueue", "slots", slots, kSize), begin_(0), count_(0), lane_(threadIdx.x % kWarpSize) {}
 
   // With a point in each lane where `found`.
   __device__ void push(int point, bool found) {
@@ -47,7 +58,7 @@ class PointQueue {
   }
 
  private:
-  int* slots_;
+  Counted<int> slots_;
   int begin_, count_, lane_;
 };
 

@@ -13,14 +13,14 @@ namespace {
 constexpr int kLanes = 16;
 
 // S of an anchor. `groups` is scratch for one value per group of classes; they are added in order.
-template <class S>
+template <bool mmdet, class S>
 DETOPS_CLONES double all_absent(const S* logits, int64_t step, int64_t classes, double object, double* groups) {
   const int64_t whole = classes / kClassGroup, count = ceil_div<int64_t>(classes, kClassGroup);
   if (step == 1) {
     for (int64_t group = 0; group < whole; ++group) {
       double product = 1.0;
       for (int k = 0; k < kClassGroup; ++k) {
-        product *= absence(static_cast<double>(logits[group * kClassGroup + k]), object);
+        product *= absence<mmdet>(static_cast<double>(logits[group * kClassGroup + k]), object);
       }
       groups[group] = -math::log(product);
     }
@@ -28,7 +28,7 @@ DETOPS_CLONES double all_absent(const S* logits, int64_t step, int64_t classes, 
   for (int64_t group = step == 1 ? whole : 0; group < count; ++group) {
     double product = 1.0;
     for (int64_t c = group * kClassGroup; c < min_of((group + 1) * kClassGroup, classes); ++c) {
-      product *= absence(static_cast<double>(logits[c * step]), object);
+      product *= absence<mmdet>(static_cast<double>(logits[c * step]), object);
     }
     groups[group] = -math::log(product);
   }
@@ -77,7 +77,7 @@ class SimotaCpu {
       : view_(view),
         options_(options),
         radius_(static_cast<T>(options.center_radius)),
-        iou_weight_(static_cast<T>(options.iou_weight)),
+        costs_(options),
         index_(view.points, view.anchors) {
     const int64_t blocks = index_.columns().blocks;
     strides_.assign(blocks * kPointBlock, T(0));
@@ -95,12 +95,12 @@ class SimotaCpu {
     });
     add_absences();
     const int64_t rows = view_.images * view_.gts.count;
-    claims_.assign(rows * options_.topk, kNobody);
+    claims_.assign(rows * options_.topk, kNobody);  // dynamic_k is topk at most
     parallel_items(rows, [&](const auto& next) {
       TopList<T> ious(options_.topk), cheapest(options_.topk);
-      std::vector<int32_t> found(view_.anchors + 1);
+      std::vector<int32_t> memory(view_.anchors + 1);
       for (int64_t row = next(); row >= 0; row = next()) {
-        if (view_.gts.usable(row)) claim(row, ious, cheapest, found.data());
+        if (view_.gts.usable(row)) claim(row, ious, cheapest, found_anchors(memory));
       }
     });
     Assignment<T> result{std::unique_ptr<int32_t[]>(new int32_t[view_.images * view_.anchors]),
@@ -114,19 +114,40 @@ class SimotaCpu {
   }
 
  private:
-  int64_t near_anchors(const Box<T>& gt, int32_t* found) const {
+  // All anchors, and the one more that the search needs.
+  static Counted<int32_t> found_anchors(std::vector<int32_t>& memory) {
+    return {"assign_simota", "found anchors", memory.data(), static_cast<int64_t>(memory.size())};
+  }
+
+  int64_t near_anchors(const Box<T>& gt, const Counted<int32_t>& found) const {
     return find_near(index_.columns(), strides_.data(), reach_.data(), (gt.x1 + gt.x2) / 2, (gt.y1 + gt.y2) / 2,
                      radius_, found);
+  }
+
+  // Those of the anchors near a gt that are favoured; ascending.
+  int64_t favoured_anchors(const Box<T>& gt, const Counted<int32_t>& found) const {
+    const int64_t near = near_anchors(gt, found);
+    if (!view_.mmdet) return near;
+    int64_t count = 0;
+    for (int64_t i = 0; i < near; ++i) {
+      if (view_.is_within(gt, found[i])) found[count++] = found[i];
+    }
+    return count;
   }
 
   // The candidates of an image.
   void collect(int64_t image) {
     std::vector<bool> marked(view_.anchors);
-    std::vector<int32_t> found(view_.anchors + 1), list;
+    std::vector<int32_t> memory(view_.anchors + 1), list;
+    const Counted<int32_t> found = found_anchors(memory);
     for (int64_t row = image * view_.gts.count; row < (image + 1) * view_.gts.count; ++row) {
       if (!view_.gts.usable(row)) continue;
-      const int64_t count = near_anchors(view_.gt_box(row).box, found.data());
+      const Box<T> gt = view_.gt_box(row).box;
+      const int64_t count = near_anchors(gt, found);
       for (int64_t i = 0; i < count; ++i) marked[found[i]] = true;
+      if (!view_.mmdet) continue;
+      const int64_t within = find_inside(index_.columns(), gt, T(0), found);
+      for (int64_t i = 0; i < within; ++i) marked[found[i]] = true;
     }
     for (int64_t anchor = 0; anchor < view_.anchors; ++anchor) {
       if (marked[anchor]) list.push_back(static_cast<int32_t>(anchor));
@@ -146,21 +167,23 @@ class SimotaCpu {
           const int64_t anchor = candidates.anchors[i];
           const S* const logits =
               static_cast<const S*>(view_.logits) + image * view_.logit_image + anchor * view_.logit_anchor;
-          absent_[image * view_.anchors + anchor] = all_absent(logits, view_.logit_class, view_.gts.classes,
-                                                               view_.template object<S>(image, anchor), scratch.data());
+          const double object = view_.template object<S>(image, anchor);
+          absent_[image * view_.anchors + anchor] =
+              view_.mmdet ? all_absent<true>(logits, view_.logit_class, view_.gts.classes, object, scratch.data())
+                          : all_absent<false>(logits, view_.logit_class, view_.gts.classes, object, scratch.data());
         }
       });
     }
   }
 
-  T metric(int64_t image, int64_t anchor, int64_t label, T iou, bool near) const {
+  T metric(int64_t image, int64_t anchor, int64_t label, T iou, bool favoured) const {
     const double cost =
         class_cost(absent_[image * view_.anchors + anchor], view_.template logit<S>(image, anchor, label),
-                   view_.template object<S>(image, anchor));
-    return negative_cost(cost, iou, iou_weight_, near);
+                   view_.template object<S>(image, anchor), view_.mmdet);
+    return negative_cost(cost, iou, costs_, favoured);
   }
 
-  void claim(int64_t row, TopList<T>& ious, TopList<T>& cheapest, int32_t* found) {
+  void claim(int64_t row, TopList<T>& ious, TopList<T>& cheapest, const Counted<int32_t>& found) {
     const int64_t image = row / view_.gts.count, label = view_.gts.labels[row];
     const IouBox<T> gt = view_.gt_box(row);
     const CandidateColumns<T>& candidates = candidates_[image];
@@ -178,15 +201,15 @@ class SimotaCpu {
     const int k = dynamic_k(sum, options_.topk);
 
     cheapest.clear();
-    const int64_t near = near_anchors(gt.box, found);
-    for (int64_t i = 0; i < near; ++i) {
+    const int64_t favoured = favoured_anchors(gt.box, found);
+    for (int64_t i = 0; i < favoured; ++i) {
       const T iou = positive_iou(gt, view_.predicted(image, found[i]));
       cheapest.offer({metric(image, found[i], label, iou, true), found[i]});
     }
-    if (cheapest.count() < k || !(cheapest[k - 1].metric > T(-kSurelyNear))) {
+    if (cheapest.count() < k || !(cheapest[k - 1].metric > -costs_.surely_favoured)) {
       for (int64_t i = 0, passed = 0; i < candidates.count; ++i) {
         const int32_t anchor = candidates.anchors[i];
-        if (passed < near && found[passed] == anchor) {
+        if (passed < favoured && found[passed] == anchor) {
           ++passed;
           continue;
         }
@@ -220,28 +243,29 @@ class SimotaCpu {
     });
   }
 
-  // The gt of lowest cost for a contested anchor. Where a near one is cheap enough, the others need no look.
+  // The gt of lowest cost for a contested anchor. Where a favoured one is cheap enough, the others need no look.
   int32_t cheapest_gt(int64_t image, int32_t anchor) const {
     const IouBox<T> predicted = view_.predicted(image, anchor);
     RankedAnchor<T> best{-std::numeric_limits<T>::infinity(), INT32_MAX};  // ranks gts in the place of anchors
-    for (const bool near : {true, false}) {
+    for (const bool favoured : {true, false}) {
       for (int64_t gt = 0; gt < view_.gts.count; ++gt) {
         const int64_t row = image * view_.gts.count + gt;
         if (!view_.gts.usable(row)) continue;
         const IouBox<T> box = view_.gt_box(row);
-        if (view_.is_near(box.box, anchor, radius_) != near) continue;
-        const RankedAnchor<T> item{metric(image, anchor, view_.gts.labels[row], positive_iou(box, predicted), near),
+        if (view_.is_favoured(box.box, anchor, radius_) != favoured) continue;
+        const RankedAnchor<T> item{metric(image, anchor, view_.gts.labels[row], positive_iou(box, predicted), favoured),
                                    static_cast<int32_t>(gt)};
         if (ranks_before(item, best)) best = item;
       }
-      if (best.metric > T(-kSurelyNear)) break;
+      if (best.metric > -costs_.surely_favoured) break;
     }
     return best.anchor;
   }
 
   const SimotaView<T> view_;
   const SimotaOptions options_;
-  const T radius_, iou_weight_;
+  const T radius_;
+  const SimotaCosts<T> costs_;
   const PointIndex<T> index_;
   std::vector<T> strides_, reach_;
   std::vector<CandidateColumns<T>> candidates_;
@@ -251,11 +275,11 @@ class SimotaCpu {
 
 template <class T>
 void assign_simota_cpu(const SimotaInputs& inputs, const SimotaOptions& options, const TargetTensors& out) {
-  const SimotaView<T> view = inputs.view<T>();
+  const SimotaView<T> view = inputs.view<T>(options);
   check_labels("assign_simota", view.gts, view.images);
   dispatch_floating(inputs.logits.scalar_type(), [&](auto tag) {
     using S = typename decltype(tag)::type;
-    write_targets<S>(SimotaCpu<S, T>(view, options).assign(), view.gts, view.anchors, inputs.gt_boxes_out, out);
+    write_targets(SimotaCpu<S, T>(view, options).assign(), view.gts, view.anchors, inputs.gt_boxes_out, out);
   });
 }
 
@@ -290,15 +314,19 @@ SimotaInputs checked_inputs(const char* op, const Tensor& pred_logits, const Ten
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_simota(
     const Tensor& pred_logits, const Tensor& pred_objectness, const Tensor& pred_boxes, const Tensor& anchor_points,
     const Tensor& anchor_strides, const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_valid,
-    double center_radius, int64_t topk, double iou_weight, bool dense_scores) {
+    double center_radius, int64_t topk, double iou_weight, bool dense_scores, int64_t rule) {
   const char* const op = "assign_simota";
   const SimotaInputs inputs = checked_inputs(op, pred_logits, pred_objectness, pred_boxes, anchor_points,
                                              anchor_strides, gt_boxes, gt_labels, gt_valid);
   if (topk < 1 || topk > kMostSimotaTopk) {
     fail(op, "topk must be from 1 to " + std::to_string(kMostSimotaTopk) + ", got " + std::to_string(topk));
   }
-  const SimotaOptions options{center_radius, iou_weight, topk};
-  const TargetTensors out = allocate_targets(op, pred_logits, gt_boxes, dense_scores);
+  if (rule != int64_t(SimotaRule::kYolox) && rule != int64_t(SimotaRule::kMmdet)) {
+    fail(op, "rule must be 0 (yolox) or 1 (mmdet), got " + std::to_string(rule));
+  }
+  const SimotaOptions options{center_radius, iou_weight, topk, static_cast<SimotaRule>(rule)};
+  const TargetTensors out =
+      allocate_targets(op, "pred_logits", pred_logits, gt_boxes, dense_scores, pred_logits.scalar_type());
   if (out.labels.numel() > 0) {
     if (on_gpu(op, pred_logits)) {
       DETOPS_GPU_ONLY(assign_simota_cuda(inputs, options, out));
@@ -317,7 +345,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
   m.def(
       "assign_simota(Tensor pred_logits, Tensor pred_objectness, Tensor pred_boxes, Tensor anchor_points, "
       "Tensor anchor_strides, Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, float center_radius, int topk, "
-      "float iou_weight, bool dense_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float iou_weight, bool dense_scores, int rule=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 DETOPS_REGISTER(m) { m.impl("assign_simota", TORCH_BOX(&assign_simota)); }

@@ -15,6 +15,12 @@
 //      The gt claims its k cheapest candidates, ties to the lower index.
 //   4. An anchor that several gts claim goes to the one of lowest cost among all gts, ties to the lower index.
 //   5. The score of an anchor is its IoU with its gt.
+//
+// MMDetection's rule differs in
+//   1. Candidates are the anchors that are near some gt or whose point is inside of one.
+//   2. p is the product of class score and objectness, which are probabilities already; 1e-7 in place of 1e-8; 1e5 in
+//      place of 1e6, where the anchor is not both near and inside.
+// A pair that costs no such penalty is called favoured.
 #pragma once
 
 #include <cmath>
@@ -25,15 +31,31 @@
 
 namespace DETOPS_NAMESPACE {
 
+enum class SimotaRule : int64_t { kYolox, kMmdet };
+
 struct SimotaOptions {
   double center_radius, iou_weight;
   int64_t topk;
+  SimotaRule rule;
+
+  bool mmdet() const { return rule == SimotaRule::kMmdet; }
 };
 
 constexpr int64_t kMostSimotaTopk = 32;
 
-// A cost below the first is less than all costs with the penalty, whatever the rounding.
-constexpr double kSurelyNear = 0.999e6, kFarPenalty = 1e6;
+// What costs are made of besides probabilities and IoUs.
+template <class T>
+struct SimotaCosts {
+  T iou_weight, iou_eps, penalty;
+  T surely_favoured;  // a cost below it is less than all costs with the penalty
+
+  // An IoU is 1 and a few roundings at most, so that its cost is -2e-6 iou_weight at least; no class cost is negative.
+  explicit SimotaCosts(const SimotaOptions& options)
+      : iou_weight(static_cast<T>(options.iou_weight)),
+        iou_eps(static_cast<T>(options.mmdet() ? 1e-7 : 1e-8)),
+        penalty(static_cast<T>(options.mmdet() ? 1e5 : 1e6)),
+        surely_favoured(static_cast<T>(0.999 * (options.mmdet() ? 1e5 : 1e6) - 2e-6 * options.iou_weight)) {}
+};
 
 // A probability whose logarithm is at least -100, as torch's binary cross-entropy clamps it. NaN stays.
 DETOPS_HD double clamped_probability(double p) {
@@ -41,26 +63,33 @@ DETOPS_HD double clamped_probability(double p) {
   return max_of(kLeast, p);
 }
 
-// p of a class; `object` is the sigmoid of the objectness.
-DETOPS_HD double class_probability(double logit, double object) { return std::sqrt(math::sigmoid(logit) * object); }
+// From 0 to 1. NaN stays.
+DETOPS_HD double as_probability(double p) { return min_of(1.0, max_of(0.0, p)); }
+
+// p of a class; `object` is the probability of an object.
+template <bool mmdet>
+DETOPS_HD double class_probability(double logit, double object) {
+  return mmdet ? as_probability(logit) * object : std::sqrt(math::sigmoid(logit) * object);
+}
 
 // S is summed group by group; -log of the product of a group of factors 1 - p costs one logarithm and cannot underflow.
 constexpr int kClassGroup = 4;
+template <bool mmdet>
 DETOPS_HD double absence(double logit, double object) {
-  return clamped_probability(1.0 - class_probability(logit, object));
+  return clamped_probability(1.0 - class_probability<mmdet>(logit, object));
 }
 
 // The class cost of a gt with a label of this logit.
-DETOPS_HD double class_cost(double all_absent, double logit, double object) {
-  const double p = class_probability(logit, object);
+DETOPS_HD double class_cost(double all_absent, double logit, double object, bool mmdet) {
+  const double p = mmdet ? class_probability<true>(logit, object) : class_probability<false>(logit, object);
   return all_absent + (math::log(clamped_probability(1.0 - p)) - math::log(clamped_probability(p)));
 }
 
 // What ranks the anchors of a gt, the higher the better: the cost, negated. NaN is the worst.
 template <class T>
-DETOPS_HD T negative_cost(double class_cost, T iou, T iou_weight, bool near) {
-  T cost = static_cast<T>(class_cost) + iou_weight * -math::log(iou + T(1e-8));
-  if (!near) cost += T(kFarPenalty);
+DETOPS_HD T negative_cost(double class_cost, T iou, const SimotaCosts<T>& costs, bool favoured) {
+  T cost = static_cast<T>(class_cost) + costs.iou_weight * -math::log(iou + costs.iou_eps);
+  if (!favoured) cost += costs.penalty;
   return cost == cost ? -cost : -std::numeric_limits<T>::infinity();
 }
 
@@ -83,6 +112,7 @@ struct SimotaView {
   int64_t logit_image, logit_anchor, logit_class, object_image, object_anchor;  // strides, in elements
   GroundTruthView<T> gts;
   int64_t images, anchors;
+  bool mmdet;
 
   template <class S>
   DETOPS_HD double logit(int64_t image, int64_t anchor, int64_t label) const {
@@ -92,7 +122,8 @@ struct SimotaView {
   template <class S>
   DETOPS_HD double object(int64_t image, int64_t anchor) const {
     const int64_t offset = image * object_image + anchor * object_anchor;
-    return math::sigmoid(static_cast<double>(static_cast<const S*>(objectness)[offset]));
+    const auto value = static_cast<double>(static_cast<const S*>(objectness)[offset]);
+    return mmdet ? as_probability(value) : math::sigmoid(value);
   }
   DETOPS_HD IouBox<T> gt_box(int64_t row) const { return iou_box<IouKind::kIou>(load_box<T>(gts.boxes + 4 * row)); }
   DETOPS_HD IouBox<T> predicted(int64_t image, int64_t anchor) const {
@@ -101,6 +132,15 @@ struct SimotaView {
   DETOPS_HD bool is_near(const Box<T>& gt, int64_t anchor, T radius) const {
     const Box<T> square = square_around((gt.x1 + gt.x2) / 2, (gt.y1 + gt.y2) / 2, radius * strides[anchor]);
     return is_inside(square, points[2 * anchor], points[2 * anchor + 1], T(0));
+  }
+  DETOPS_HD bool is_within(const Box<T>& gt, int64_t anchor) const {
+    return is_inside(gt, points[2 * anchor], points[2 * anchor + 1], T(0));
+  }
+  DETOPS_HD bool is_candidate(const Box<T>& gt, int64_t anchor, T radius) const {
+    return is_near(gt, anchor, radius) || (mmdet && is_within(gt, anchor));
+  }
+  DETOPS_HD bool is_favoured(const Box<T>& gt, int64_t anchor, T radius) const {
+    return is_near(gt, anchor, radius) && (!mmdet || is_within(gt, anchor));
   }
 };
 
@@ -114,7 +154,7 @@ struct SimotaInputs {
   ScalarType dtype() const { return boxes.scalar_type(); }
 
   template <class T>
-  SimotaView<T> view() const {
+  SimotaView<T> view(const SimotaOptions& options) const {
     return {boxes.const_data_ptr<T>(),
             points.const_data_ptr<T>(),
             strides.const_data_ptr<T>(),
@@ -127,7 +167,8 @@ struct SimotaInputs {
             objectness.stride(1),
             ground_truth_view<T>(gt_boxes, gt_labels, gt_valid, logits.size(2)),
             logits.size(0),
-            logits.size(1)};
+            logits.size(1),
+            options.mmdet()};
   }
 };
 

@@ -1,11 +1,10 @@
 // assign_simota on a GPU, without a host synchronisation and without a matrix of gts and anchors.
 //
 //   1. prepare   bounds of the blocks of points, and their largest stride
-//   2. mark      one warp per gt: which anchors are near it, as bits: candidates
+//   2. mark      one warp per gt: which anchors are candidates by it, as bits
 //   3. absence   one warp per candidate: S, its class cost were it background
 //   4. claim     one block per gt: its warps go through the candidates, keep the largest IoUs and the cheapest anchors
-//   in
-//                the lanes of a warp, and merge them; anchors note who claims them
+//                in the lanes of a warp, and merge them; anchors note who claims them
 //   5. resolve   one thread per anchor: contested anchors find their cheapest gt
 //   6. write     the outputs
 #include "common/launch_cuda.cuh"
@@ -53,11 +52,14 @@ __global__ void simota_mark_kernel(SimotaView<T> view, T radius, Workspace<T> wo
   unsigned* const words = work.candidates + row / view.gts.count * ceil_div<int64_t>(view.anchors, kPointBlock);
   search_blocks(
       view.anchors, 0, 1,
-      [&](int block) { return may_hold(square_around(x, y, radius * work.reach[block]), work.bounds[block], T(0)); },
+      [&](int block) {
+        return may_hold(square_around(x, y, radius * work.reach[block]), work.bounds[block], T(0)) ||
+               (view.mmdet && may_hold(gt, work.bounds[block], T(0)));
+      },
       [&](int block) {
         const int64_t anchor = int64_t(block) * kPointBlock + lane;
-        const unsigned near = __ballot_sync(kFullWarp, anchor < view.anchors && view.is_near(gt, anchor, radius));
-        if (lane == 0 && near != 0) atomicOr(words + block, near);
+        const unsigned found = __ballot_sync(kFullWarp, anchor < view.anchors && view.is_candidate(gt, anchor, radius));
+        if (lane == 0 && found != 0) atomicOr(words + block, found);
       });
 }
 
@@ -67,7 +69,7 @@ __device__ int64_t word_of(const SimotaView<T>& view, int64_t image, int64_t anc
   return image * ceil_div<int64_t>(view.anchors, kPointBlock) + anchor / kPointBlock;
 }
 
-template <class S, class T>
+template <bool mmdet, class S, class T>
 __global__ void simota_absence_kernel(SimotaView<T> view, Workspace<T> work) {
   const int64_t i = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarpSize;
   const int lane = threadIdx.x % kWarpSize;
@@ -83,7 +85,7 @@ __global__ void simota_absence_kernel(SimotaView<T> view, Workspace<T> work) {
       const int64_t begin = (first + lane) * kClassGroup;
       double product = 1.0;
       for (int64_t c = begin; c < min_of(begin + kClassGroup, view.gts.classes); ++c) {
-        product *= absence(view.template logit<S>(image, anchor, c), object);
+        product *= absence<mmdet>(view.template logit<S>(image, anchor, c), object);
       }
       own = -math::log(product);
     }
@@ -97,15 +99,17 @@ __global__ void simota_absence_kernel(SimotaView<T> view, Workspace<T> work) {
 
 template <class S, class T>
 __device__ T metric_of_anchor(const SimotaView<T>& view, const Workspace<T>& work, int64_t image, int64_t anchor,
-                              int64_t label, T iou, T iou_weight, bool near) {
-  const double cost = class_cost(work.absent[image * view.anchors + anchor],
-                                 view.template logit<S>(image, anchor, label), view.template object<S>(image, anchor));
-  return negative_cost(cost, iou, iou_weight, near);
+                              int64_t label, T iou, const SimotaCosts<T>& costs, bool favoured) {
+  const double cost =
+      class_cost(work.absent[image * view.anchors + anchor], view.template logit<S>(image, anchor, label),
+                 view.template object<S>(image, anchor), view.mmdet);
+  return negative_cost(cost, iou, costs, favoured);
 }
 
 // One block per gt.
 template <class S, class T>
-__global__ void simota_claim_kernel(SimotaView<T> view, SimotaOptions options, Workspace<T> work) {
+__global__ void simota_claim_kernel(SimotaView<T> view, SimotaOptions options, SimotaCosts<T> prices,
+                                    Workspace<T> work) {
   DETOPS_SHARED(int, queues, kClaimWarps* PointQueue::kSize);
   DETOPS_SHARED(T, values, kClaimWarps * kWarpSize);
   DETOPS_SHARED(int, positions, kClaimWarps* kWarpSize);
@@ -116,12 +120,13 @@ __global__ void simota_claim_kernel(SimotaView<T> view, SimotaOptions options, W
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int64_t image = row / view.gts.count, label = view.gts.labels[row];
   const IouBox<T> gt = view.gt_box(row);
-  const T radius = static_cast<T>(options.center_radius), iou_weight = static_cast<T>(options.iou_weight);
+  const T radius = static_cast<T>(options.center_radius);
   const auto places = static_cast<int>(options.topk);
+  const Counted<unsigned> owner("assign_simota", "owners", work.owner + image * view.anchors, view.anchors);
   const unsigned* const words = work.candidates + word_of(view, image, 0);
   const RankedAnchor<T> no_iou{T(0), INT32_MAX}, no_cost{-std::numeric_limits<T>::infinity(), INT32_MAX};
 
-  // First the anchors that are near, and in a second round all, where too few are near or they are not cheap.
+  // First the favoured anchors, and in a second round all, where those are too few or not cheap.
   int k = 0;
   for (const bool first_round : {true, false}) {
     WarpTopList<T> ious(places, no_iou), cheapest(places, no_cost);
@@ -130,10 +135,10 @@ __global__ void simota_claim_kernel(SimotaView<T> view, SimotaOptions options, W
       RankedAnchor<T> item = no_iou, cost = no_cost;
       if (anchor >= 0) {
         const T iou = positive_iou(gt, view.predicted(image, anchor));
-        const bool near = view.is_near(gt.box, anchor, radius);
+        const bool favoured = view.is_favoured(gt.box, anchor, radius);
         if (iou > T(0)) item = {iou, anchor};
-        if (near || !first_round) {
-          cost = {metric_of_anchor<S>(view, work, image, anchor, label, iou, iou_weight, near), anchor};
+        if (favoured || !first_round) {
+          cost = {metric_of_anchor<S>(view, work, image, anchor, label, iou, prices, favoured), anchor};
         }
       }
       if (first_round) ious.offer(item);
@@ -165,10 +170,10 @@ __global__ void simota_claim_kernel(SimotaView<T> view, SimotaOptions options, W
         }
         k = dynamic_k(sum, options.topk);
       }
-      const bool enough = __shfl_sync(kFullWarp, cheapest.own().metric, k - 1) > T(-kSurelyNear);
+      const bool enough = __shfl_sync(kFullWarp, cheapest.own().metric, k - 1) > -prices.surely_favoured;
       const bool done = enough || !first_round;
       if (done && lane < k && cheapest.own().anchor != INT32_MAX) {
-        claim(work.owner + image * view.anchors + cheapest.own().anchor, static_cast<unsigned>(row % view.gts.count));
+        claim(&owner[cheapest.own().anchor], static_cast<unsigned>(row % view.gts.count));
       }
       if (lane == 0) anchors[0] = done;
     }
@@ -180,8 +185,8 @@ __global__ void simota_claim_kernel(SimotaView<T> view, SimotaOptions options, W
 
 // One thread per anchor; a block belongs to one image.
 template <class S, class T>
-__global__ void simota_resolve_kernel(SimotaView<T> view, SimotaOptions options, int blocks_per_image,
-                                      Workspace<T> work) {
+__global__ void simota_resolve_kernel(SimotaView<T> view, SimotaOptions options, SimotaCosts<T> prices,
+                                      int blocks_per_image, Workspace<T> work) {
   DETOPS_SHARED(IouBox<T>, gts, kTile);
   DETOPS_SHARED(int64_t, labels, kTile);  // -1 where the row takes no part
   const int64_t image = blockIdx.x / blocks_per_image;
@@ -189,12 +194,12 @@ __global__ void simota_resolve_kernel(SimotaView<T> view, SimotaOptions options,
   const int64_t i = image * view.anchors + anchor;
   const unsigned claimed = anchor < view.anchors ? work.owner[i] : 0;
   const bool contested = claimed == kContested;
-  const T radius = static_cast<T>(options.center_radius), iou_weight = static_cast<T>(options.iou_weight);
+  const T radius = static_cast<T>(options.center_radius);
   IouBox<T> predicted{};
   if (claimed != 0) predicted = view.predicted(image, anchor);
   RankedAnchor<T> best{-std::numeric_limits<T>::infinity(), INT32_MAX};  // ranks gts in the place of anchors
-  for (const bool near : {true, false}) {
-    const bool searching = contested && !(best.metric > T(-kSurelyNear));
+  for (const bool favoured : {true, false}) {
+    const bool searching = contested && !(best.metric > -prices.surely_favoured);
     if (!__syncthreads_or(searching)) break;
     for (int64_t first = 0; first < view.gts.count; first += kTile) {
       const int count = static_cast<int>(min_of<int64_t>(kTile, view.gts.count - first));
@@ -205,9 +210,9 @@ __global__ void simota_resolve_kernel(SimotaView<T> view, SimotaOptions options,
       }
       __syncthreads();
       for (int j = 0; searching && j < count; ++j) {
-        if (labels[j] < 0 || view.is_near(gts[j].box, anchor, radius) != near) continue;
+        if (labels[j] < 0 || view.is_favoured(gts[j].box, anchor, radius) != favoured) continue;
         const RankedAnchor<T> item{metric_of_anchor<S>(view, work, image, anchor, labels[j],
-                                                       positive_iou(gts[j], predicted), iou_weight, near),
+                                                       positive_iou(gts[j], predicted), prices, favoured),
                                    static_cast<int32_t>(first) + j};
         if (ranks_before(item, best)) best = item;
       }
@@ -231,7 +236,8 @@ void launch_all(const SimotaInputs& inputs, const SimotaOptions& options, const 
   const char* const op = "assign_simota";
   const CudaScope scope(inputs.logits);
   const cudaStream_t stream = scope.stream();
-  const SimotaView<T> view = inputs.view<T>();
+  const SimotaView<T> view = inputs.view<T>(options);
+  const SimotaCosts<T> costs(options);
   const int64_t rows = view.images * view.gts.count, all_anchors = view.images * view.anchors;
   const int64_t point_blocks = ceil_div<int64_t>(view.anchors, kPointBlock);
   const auto scratch = [&](int64_t bytes) { return allocate(op, {bytes}, ScalarType::Byte, inputs.logits); };
@@ -255,15 +261,19 @@ void launch_all(const SimotaInputs& inputs, const SimotaOptions& options, const 
                   stream, view.points, view.strides, view.anchors, work.bounds, work.reach);
     DETOPS_LAUNCH((simota_mark_kernel<T>), blocks_for(op, "pred_logits", rows, kWarps), kThreads, 0, stream, view,
                   static_cast<T>(options.center_radius), work);
-    DETOPS_LAUNCH((simota_absence_kernel<S, T>), blocks_for(op, "pred_logits", all_anchors, kWarps), kThreads, 0,
-                  stream, view, work);
+    const unsigned absence_blocks = blocks_for(op, "pred_logits", all_anchors, kWarps);
+    if (options.mmdet()) {
+      DETOPS_LAUNCH((simota_absence_kernel<true, S, T>), absence_blocks, kThreads, 0, stream, view, work);
+    } else {
+      DETOPS_LAUNCH((simota_absence_kernel<false, S, T>), absence_blocks, kThreads, 0, stream, view, work);
+    }
     DETOPS_LAUNCH((simota_claim_kernel<S, T>), static_cast<unsigned>(rows), kClaimWarps * kWarpSize, 0, stream, view,
-                  options, work);
+                  options, costs, work);
     const auto per_image = static_cast<int>(ceil_div<int64_t>(view.anchors, kThreads));
     DETOPS_LAUNCH((simota_resolve_kernel<S, T>), static_cast<unsigned>(view.images * per_image), kThreads, 0, stream,
-                  view, options, per_image, work);
+                  view, options, costs, per_image, work);
   }
-  launch_write_targets<S>(work.owner, view.gts, SimotaScore<T>{work.iou}, inputs.gt_boxes_out, out, stream);
+  launch_write_targets(work.owner, view.gts, SimotaScore<T>{work.iou}, inputs.gt_boxes_out, out, stream);
 }
 
 }  // namespace

@@ -28,14 +28,20 @@ struct TargetTensors {
   }
 };
 
-// For predictions [B, A, C].
-inline TargetTensors allocate_targets(const char* op, const Tensor& predictions, const Tensor& gt_boxes,
-                                      bool dense_scores) {
+// Some products with the number of classes have 32 bits on a GPU, such as the scores of the anchors of a block.
+constexpr int64_t kMostClasses = 1 << 24;
+
+// For predictions [B, A, C], named `argument`.
+inline TargetTensors allocate_targets(const char* op, const char* argument, const Tensor& predictions,
+                                      const Tensor& gt_boxes, bool dense_scores, ScalarType dtype) {
   const int64_t images = predictions.size(0), anchors = predictions.size(1), classes = predictions.size(2);
+  if (classes > kMostClasses) {
+    fail(op, std::string(argument) + " must have at most " + std::to_string(kMostClasses) + " classes, got " +
+                 shape_text(predictions));
+  }
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType dtype) {
     return allocate(op, sizes, dtype, predictions);
   };
-  const ScalarType dtype = predictions.scalar_type();
   return {make({images, anchors}, ScalarType::Long),
           make({images, anchors, 4}, gt_boxes.scalar_type()),
           dense_scores ? make({images, anchors, classes}, dtype) : make({images, anchors}, dtype),

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/counted.h"
 #include "common/parallel_cpu.h"
 #include "yolo/targets.h"
 
@@ -16,7 +17,10 @@ constexpr int32_t kNobody = -1, kContested = -2;  // in the place of a gt
 template <class T>
 class TopList {
  public:
-  explicit TopList(int64_t capacity) : entries_(capacity), count_(0) {}
+  // For at least one.
+  TopList(const TopList&) = delete;
+  explicit TopList(int64_t capacity)
+      : memory_(capacity), entries_("TopList", "entries", memory_.data(), capacity), capacity_(capacity), count_(0) {}
 
   void clear() { count_ = 0; }
   int64_t count() const { return count_; }
@@ -24,7 +28,7 @@ class TopList {
 
   void offer(const RankedAnchor<T>& item) {
     int64_t place = count_;
-    if (count_ == static_cast<int64_t>(entries_.size())) {
+    if (count_ == capacity_) {
       if (!ranks_before(item, entries_[--place])) return;
     } else {
       ++count_;
@@ -34,7 +38,9 @@ class TopList {
   }
 
  private:
-  std::vector<RankedAnchor<T>> entries_;
+  std::vector<RankedAnchor<T>> memory_;
+  const Counted<RankedAnchor<T>> entries_;
+  const int64_t capacity_;
   int64_t count_;
 };
 
@@ -46,18 +52,23 @@ struct Assignment {
 };
 
 template <class S, class T>
-void write_targets(const Assignment<T>& assignment, const GroundTruthView<T>& gts, int64_t anchors,
-                   const Tensor& gt_boxes, const TargetTensors& out) {
+void write_targets_as(const Assignment<T>& assignment, const GroundTruthView<T>& gts, int64_t anchors,
+                      const Tensor& gt_boxes, const TargetTensors& out) {
   const auto box_bytes = static_cast<int64_t>(4 * gt_boxes.element_size());
   const auto* const gt_data = static_cast<const char*>(gt_boxes.const_data_ptr());
   auto* const boxes = static_cast<char*>(out.boxes.mutable_data_ptr());
   auto* const foreground = static_cast<bool*>(out.foreground.mutable_data_ptr());
   int64_t* const labels = out.labels.mutable_data_ptr<int64_t>();
   int64_t* const indices = out.gt_indices.mutable_data_ptr<int64_t>();
-  S* const scores = out.scores.mutable_data_ptr<S>();
+  // A label is below the number of classes: only such gts own anchors.
+  const Counted<S> scores("write_targets", "scores", out.scores.mutable_data_ptr<S>(), out.scores.numel());
   const int64_t width = out.dense_scores ? gts.classes : 1;
   parallel_ranges(out.labels.numel(), 512, [&](int64_t begin, int64_t end) {
-    std::memset(static_cast<void*>(scores + begin * width), 0, (end - begin) * width * sizeof(S));
+    // Without classes the scores are none, at null.
+    if (width > 0) {
+      const int64_t count = (end - begin) * width;
+      std::memset(static_cast<void*>(scores.part(begin * width, count).data()), 0, count * sizeof(S));
+    }
     for (int64_t i = begin; i < end; ++i) {
       const int32_t gt = assignment.owner[i];
       foreground[i] = gt >= 0;
@@ -72,6 +83,14 @@ void write_targets(const Assignment<T>& assignment, const GroundTruthView<T>& gt
         scores[i * width + (out.dense_scores ? labels[i] : 0)] = static_cast<S>(assignment.score[i]);
       }
     }
+  });
+}
+
+template <class T>
+void write_targets(const Assignment<T>& assignment, const GroundTruthView<T>& gts, int64_t anchors,
+                   const Tensor& gt_boxes, const TargetTensors& out) {
+  dispatch_floating(out.scores.scalar_type(), [&](auto tag) {
+    write_targets_as<typename decltype(tag)::type>(assignment, gts, anchors, gt_boxes, out);
   });
 }
 

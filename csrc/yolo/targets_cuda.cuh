@@ -126,22 +126,25 @@ __global__ void write_targets_kernel(const unsigned* owners, GroundTruthView<T> 
   }
 }
 
-template <class S, class T, class Score>
+template <class T, class Score>
 void launch_write_targets(const unsigned* owners, const GroundTruthView<T>& gts, const Score& score,
                           const Tensor& gt_boxes, const TargetTensors& out, cudaStream_t stream) {
-  const bool packed = gts.classes % Pack<S>::kSize == 0 && is_aligned(out.scores.const_data_ptr());
-  const TargetPointers pointers{out.labels.mutable_data_ptr<int64_t>(),
-                                out.boxes.mutable_data_ptr(),
-                                out.scores.mutable_data_ptr(),
-                                static_cast<bool*>(out.foreground.mutable_data_ptr()),
-                                out.gt_indices.mutable_data_ptr<int64_t>(),
-                                gt_boxes.const_data_ptr(),
-                                static_cast<int>(gt_boxes.element_size()),
-                                out.dense_scores,
-                                packed};
-  const int64_t count = out.labels.numel();
-  DETOPS_LAUNCH((write_targets_kernel<S, T, Score>), static_cast<unsigned>(ceil_div<int64_t>(count, kWriteAnchors)),
-                kWriteThreads, 0, stream, owners, gts, count, out.labels.size(1), score, pointers);
+  dispatch_floating(out.scores.scalar_type(), [&](auto tag) {
+    using S = typename decltype(tag)::type;
+    const bool packed = gts.classes % Pack<S>::kSize == 0 && is_aligned(out.scores.const_data_ptr());
+    const TargetPointers pointers{out.labels.mutable_data_ptr<int64_t>(),
+                                  out.boxes.mutable_data_ptr(),
+                                  out.scores.mutable_data_ptr(),
+                                  static_cast<bool*>(out.foreground.mutable_data_ptr()),
+                                  out.gt_indices.mutable_data_ptr<int64_t>(),
+                                  gt_boxes.const_data_ptr(),
+                                  static_cast<int>(gt_boxes.element_size()),
+                                  out.dense_scores,
+                                  packed};
+    const int64_t count = out.labels.numel();
+    DETOPS_LAUNCH((write_targets_kernel<S, T, Score>), static_cast<unsigned>(ceil_div<int64_t>(count, kWriteAnchors)),
+                  kWriteThreads, 0, stream, owners, gts, count, out.labels.size(1), score, pointers);
+  });
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -71,7 +71,7 @@ struct GtColumns {
 
 // The gt of highest overlap among those whose region holds the point, ties to the lower index; -1 if none does.
 template <bool complete, class T>
-DETOPS_CLONES int32_t best_gt(const T* columns, int64_t padded, T x, T y, const IouBox<T>& predicted) {
+DETOPS_CLONES int32_t best_gt(const T* columns, int64_t padded, T x, T y, T margin, const IouBox<T>& predicted) {
   const auto at = [&](int k, int64_t row) __attribute__((always_inline)) { return columns[k * padded + row]; };
   int32_t best = kNobody;
   T best_overlap = T(0);
@@ -81,7 +81,7 @@ DETOPS_CLONES int32_t best_gt(const T* columns, int64_t padded, T x, T y, const 
     bool any = false;
     for (int lane = 0; lane < kLanes; ++lane) {
       const int64_t row = first + lane;
-      inside[lane] = is_inside(Box<T>{at(0, row), at(1, row), at(2, row), at(3, row)}, x, y, T(kCandidateMargin));
+      inside[lane] = is_inside(Box<T>{at(0, row), at(1, row), at(2, row), at(3, row)}, x, y, margin);
       any |= inside[lane];
     }
     if (!any) continue;
@@ -99,6 +99,40 @@ DETOPS_CLONES int32_t best_gt(const T* columns, int64_t padded, T x, T y, const 
   return best;
 }
 
+// The bounds of the predicted boxes of each kPointBlock anchors, image by image.
+template <class T>
+std::vector<Box<T>> bounds_of_boxes(const T* boxes, int64_t images, int64_t anchors) {
+  const int64_t blocks = ceil_div<int64_t>(anchors, kPointBlock);
+  std::vector<Box<T>> bounds(images * blocks, no_bounds<T>());
+  parallel_ranges(images * blocks, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i / blocks * anchors, from = i % blocks * kPointBlock;
+      for (int64_t anchor = from; anchor < min_of(from + kPointBlock, anchors); ++anchor) {
+        const Box<T> box = load_box<T>(boxes + 4 * (first + anchor));
+        extend(bounds[i], box.x1, box.y1);
+        extend(bounds[i], box.x2, box.y2);
+      }
+    }
+  });
+  return bounds;
+}
+
+// Writes the anchors of an image whose predicted box may overlap `box` to `found`, ascending, and returns how many they
+// are. `found` has room for one more than there are anchors: each anchor is written, and passed over if it may not.
+template <class T>
+DETOPS_CLONES int64_t find_overlapping(const T* boxes, const Box<T>* bounds, int64_t anchors, const Box<T>& box,
+                                       Counted<int32_t> found) {
+  int64_t count = 0;
+  for (int64_t begin = 0; begin < anchors; begin += kPointBlock) {
+    if (!may_overlap(box, bounds[begin / kPointBlock])) continue;
+    for (int64_t anchor = begin; anchor < min_of(begin + kPointBlock, anchors); ++anchor) {
+      found[count] = static_cast<int32_t>(anchor);
+      count += may_overlap(box, load_box<T>(boxes + 4 * anchor));
+    }
+  }
+  return count;
+}
+
 // An anchor with an owner.
 template <class T>
 struct Positive {
@@ -114,15 +148,21 @@ class TaskAlignedCpu {
         options_(options),
         topk_(min_of(options.topk, view.anchors)),
         topk2_(min_of(options.topk2, view.anchors)),
-        index_(view.points, view.anchors) {}
+        margin_(static_cast<T>(options.margin())),
+        index_(view.points, view.anchors) {
+    if (options.all()) box_bounds_ = bounds_of_boxes(view.boxes, view.images, view.anchors);
+  }
 
   Assignment<T> assign() {
     const int64_t rows = view_.images * view_.gts.count;
     claims_.reset(new int32_t[rows * topk_]);
     parallel_items(rows, [&](const auto& next) {
       TopList<T> best(topk_);
-      const std::unique_ptr<int32_t[]> found(new int32_t[view_.anchors + kLanes]);
-      for (int64_t row = next(); row >= 0; row = next()) claim(row, best, found.get());
+      // All anchors, and then up to whole lanes: more than the one that the search needs.
+      const int64_t room = view_.anchors + kLanes;
+      const std::unique_ptr<int32_t[]> memory(new int32_t[room]);
+      const Counted<int32_t> found("assign_task_aligned", "found anchors", memory.get(), room);
+      for (int64_t row = next(); row >= 0; row = next()) claim(row, best, found);
     });
     Assignment<T> result{std::unique_ptr<int32_t[]>(new int32_t[view_.images * view_.anchors]),
                          std::unique_ptr<T[]>(new T[view_.images * view_.anchors])};
@@ -148,10 +188,26 @@ class TaskAlignedCpu {
     return predicted_box<complete>(view_.boxes, view_.angles, image * view_.anchors + anchor);
   }
 
+  bool is_candidate(const Box<T>& where, int64_t anchor) const {
+    return is_inside(where, view_.points[2 * anchor], view_.points[2 * anchor + 1], margin_);
+  }
+
+  int64_t find(int64_t image, const Box<T>& gt, const Box<T>& where, const Counted<int32_t>& found) const {
+    if (!options_.all()) return find_inside(index_.columns(), where, margin_, found);
+    const int64_t blocks = ceil_div<int64_t>(view_.anchors, kPointBlock);
+    return find_overlapping(view_.boxes + 4 * image * view_.anchors, box_bounds_.data() + image * blocks, view_.anchors,
+                            gt, found);
+  }
+
+  // The claims of a gt: topk places, of which the best positive ones and the first zeros take one each, not more.
+  Counted<int32_t> claims_of(int64_t row) const {
+    return {"assign_task_aligned", "claims of a gt", claims_.get() + row * topk_, topk_};
+  }
+
   // Writes the anchors that a gt claims to its topk places, the rest being kNobody.
-  void claim(int64_t row, TopList<T>& best, int32_t* found) const {
-    int32_t* const claims = claims_.get() + row * topk_;
-    std::fill(claims, claims + topk_, kNobody);
+  void claim(int64_t row, TopList<T>& best, const Counted<int32_t>& found) const {
+    const Counted<int32_t> claims = claims_of(row);
+    std::fill(claims.data(), claims.data() + topk_, kNobody);
     if (!view_.gts.usable(row)) return;
     const int64_t image = row / view_.gts.count;
     const int64_t label = view_.gts.labels[row];
@@ -159,12 +215,12 @@ class TaskAlignedCpu {
     const IouBox<T> gt = gt_box(row);
     const T* const boxes = view_.boxes + 4 * image * view_.anchors;
     const T* const angles = complete ? view_.angles + image * view_.anchors : nullptr;
-    const int64_t count = find_inside(index_.columns(), where, T(kCandidateMargin), found);
+    const int64_t count = find(image, gt.box, where, found);
     for (int64_t i = count; i < ceil_div<int64_t>(count, kLanes) * kLanes; ++i) found[i] = found[count - 1];
     best.clear();
     T overlaps[kLanes], metrics[kLanes];
     for (int64_t first = 0; first < count; first += kLanes) {
-      const int32_t* const anchors = found + first;
+      const int32_t* const anchors = found.part(first, kLanes).data();
       const auto used = static_cast<int>(min_of<int64_t>(kLanes, count - first));
       overlaps_of_anchors<complete>(gt, boxes, angles, anchors, overlaps);
       bool any = false;
@@ -182,10 +238,17 @@ class TaskAlignedCpu {
       }
     }
     const int64_t positives = best.count();
+    if (options_.all()) {
+      int64_t filled = 0;
+      for (int64_t i = 0; i < positives; ++i) {
+        if (is_candidate(where, best[i].anchor)) claims[filled++] = best[i].anchor;
+      }
+      return;
+    }
     for (int64_t i = 0; i < positives; ++i) claims[i] = best[i].anchor;
     if (positives == topk_) return;
     // The other places go to the first anchors of metric 0.
-    std::sort(claims, claims + positives);
+    std::sort(claims.data(), claims.data() + positives);
     int64_t places = topk_ - positives, filled = positives, passed = 0;
     for (int64_t anchor = 0; places > 0 && anchor < view_.anchors; ++anchor) {
       if (passed < positives && claims[passed] == anchor) {
@@ -193,9 +256,7 @@ class TaskAlignedCpu {
         continue;
       }
       --places;
-      if (is_inside(where, view_.points[2 * anchor], view_.points[2 * anchor + 1], T(kCandidateMargin))) {
-        claims[filled++] = static_cast<int32_t>(anchor);
-      }
+      if (is_candidate(where, anchor)) claims[filled++] = static_cast<int32_t>(anchor);
     }
   }
 
@@ -203,13 +264,21 @@ class TaskAlignedCpu {
   void resolve(int64_t image, int32_t* owner, T* score) const {
     const int64_t gts = view_.gts.count;
     std::fill(owner, owner + view_.anchors, kNobody);
-    const int32_t* const claims = claims_.get() + image * gts * topk_;
     int64_t contested = 0;
     for (int64_t gt = 0; gt < gts; ++gt) {
-      for (int64_t i = gt * topk_; i < (gt + 1) * topk_ && claims[i] != kNobody; ++i) {
+      const Counted<int32_t> claims = claims_of(image * gts + gt);
+      for (int64_t i = 0; i < topk_ && claims[i] != kNobody; ++i) {
         int32_t& claimed = owner[claims[i]];
-        contested += claimed >= 0;
-        claimed = claimed == kNobody ? static_cast<int32_t>(gt) : kContested;
+        if (claimed == kNobody) {
+          claimed = static_cast<int32_t>(gt);
+        } else if (options_.all()) {
+          const IouBox<T> box = predicted(image, claims[i]);
+          const T before = overlap_of<complete>(gt_box(image * gts + claimed), box);
+          if (overlap_of<complete>(gt_box(image * gts + gt), box) > before) claimed = static_cast<int32_t>(gt);
+        } else {
+          contested += claimed >= 0;
+          claimed = kContested;
+        }
       }
     }
     if (contested > 0) settle(image, owner);
@@ -249,7 +318,7 @@ class TaskAlignedCpu {
       for (int64_t anchor = begin; anchor < end; ++anchor) {
         if (owner[anchor] != kContested) continue;
         owner[anchor] = best_gt<complete>(columns.column(0), columns.padded, view_.points[2 * anchor],
-                                          view_.points[2 * anchor + 1], predicted(image, anchor));
+                                          view_.points[2 * anchor + 1], margin_, predicted(image, anchor));
       }
     });
   }
@@ -291,7 +360,9 @@ class TaskAlignedCpu {
   const TaskAlignedView<T> view_;
   const TaskAlignedOptions options_;
   const int64_t topk_, topk2_;
+  const T margin_;
   const PointIndex<T> index_;
+  std::vector<Box<T>> box_bounds_;  // for Candidates::kAll
   std::unique_ptr<int32_t[]> claims_;
 };
 
@@ -311,7 +382,7 @@ void assign_task_aligned_cpu(const TaskAlignedInputs& inputs, const TaskAlignedO
     using S = typename decltype(tag)::type;
     const auto assignment = options.complete ? TaskAlignedCpu<true, S, T>(view, options).assign()
                                              : TaskAlignedCpu<false, S, T>(view, options).assign();
-    write_targets<S>(assignment, view.gts, view.anchors, inputs.gt_boxes_out, out);
+    write_targets(assignment, view.gts, view.anchors, inputs.gt_boxes_out, out);
   });
 }
 
@@ -335,15 +406,33 @@ TaskAlignedInputs checked_inputs(const char* op, const Tensor& pred_scores, cons
           as_contiguous(gt_boxes)};
 }
 
+// What PyTorch's arithmetic makes of two floating dtypes.
+ScalarType promoted_dtype(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_task_aligned(
     const Tensor& pred_scores, const Tensor& pred_boxes, const Tensor& anchor_points, const Tensor& gt_labels,
     const Tensor& gt_boxes, const Tensor& gt_valid, int64_t topk, int64_t topk2, double alpha, double beta,
-    bool complete, double min_size, double eps, bool dense_scores) {
+    bool complete, double min_size, double eps, bool dense_scores, int64_t candidates, bool promote_scores) {
   const char* const op = "assign_task_aligned";
   const TaskAlignedInputs inputs =
       checked_inputs(op, pred_scores, pred_boxes, anchor_points, gt_labels, gt_boxes, gt_valid);
-  const TaskAlignedOptions options{topk, min_of(topk, topk2), Power(alpha), Power(beta), complete, min_size, eps};
-  const TargetTensors out = allocate_targets(op, pred_scores, gt_boxes, dense_scores);
+  for (const int64_t count : {topk, topk2}) {
+    if (count < 1)
+      fail(op, std::string(count == topk ? "topk" : "topk2") + " must be at least 1, got " + std::to_string(count));
+  }
+  if (candidates != int64_t(Candidates::kInside) && candidates != int64_t(Candidates::kAll)) {
+    fail(op, "candidates must be 0 (inside) or 1 (all), got " + std::to_string(candidates));
+  }
+  const TaskAlignedOptions options{topk,         min_of(topk, topk2),
+                                   Power(alpha), Power(beta),
+                                   complete,     min_size,
+                                   eps,          static_cast<Candidates>(candidates)};
+  const ScalarType scores_dtype =
+      promote_scores ? promoted_dtype(pred_scores.scalar_type(), pred_boxes.scalar_type()) : pred_scores.scalar_type();
+  const TargetTensors out = allocate_targets(op, "pred_scores", pred_scores, gt_boxes, dense_scores, scores_dtype);
   if (out.labels.numel() > 0) {
     if (on_gpu(op, pred_scores)) {
       DETOPS_GPU_ONLY(assign_task_aligned_cuda(inputs, options, out));
@@ -362,7 +451,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
   m.def(
       "assign_task_aligned(Tensor pred_scores, Tensor pred_boxes, Tensor anchor_points, Tensor gt_labels, "
       "Tensor gt_boxes, Tensor gt_valid, int topk, int topk2, float alpha, float beta, bool complete, float min_size, "
-      "float eps, bool dense_scores) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float eps, bool dense_scores, int candidates=0, bool promote_scores=False) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
 }
 
 DETOPS_REGISTER(m) { m.impl("assign_task_aligned", TORCH_BOX(&assign_task_aligned)); }

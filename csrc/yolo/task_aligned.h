@@ -15,6 +15,11 @@
 //   5. With topk2 < topk, a gt keeps the topk2 of its anchors as in 3; the metric is 0 for anchors that it does not
 //   own.
 //   6. The score of an anchor is metric * (highest overlap of the gt's anchors) / (their highest metric + eps).
+//
+// With Candidates::kAll, as TOOD's own code has it:
+//   1-3. Every anchor has a metric. A gt claims its topk anchors of highest metric, ties to the lower index, those that
+//      have a metric above 0 and whose point is inside by more than 0.01.
+//   4. What several gts claim goes to the one of highest overlap among those that claim it, ties to the lower index.
 #pragma once
 
 #include <cmath>
@@ -56,11 +61,20 @@ struct Power {
   }
 };
 
+enum class Candidates : int64_t { kInside, kAll };
+
+// Candidates are further than this from all sides: as in Ultralytics' assigner, as in TOOD's.
+constexpr double kInsideMargin = 1e-9, kAllMargin = 0.01;
+
 struct TaskAlignedOptions {
-  int64_t topk, topk2;
+  int64_t topk, topk2;  // at least 1
   Power alpha, beta;
   bool complete;  // complete IoU, or plain
   double min_size, eps;
+  Candidates candidates;
+
+  DETOPS_HD bool all() const { return candidates == Candidates::kAll; }
+  DETOPS_HD double margin() const { return all() ? kAllMargin : kInsideMargin; }
 };
 
 // Of step 2, in the type T.
@@ -92,15 +106,19 @@ DETOPS_HD void enlarge(T& low, T& high, T min_size) {
   high = centre + min_size / 2;
 }
 
-// Candidates are further than this from all sides, as in Ultralytics' assigner.
-constexpr double kCandidateMargin = 1e-9;
-
 // Where the points of a gt's candidates lie.
 template <class T>
 DETOPS_HD Box<T> candidate_region(Box<T> box, T min_size) {
   enlarge(box.x1, box.x2, min_size);
   enlarge(box.y1, box.y2, min_size);
   return box;
+}
+
+// False only where the overlap of the boxes, or of one with any box within `bounds`, is not above 0: boxes overlap by a
+// positive width and height, and one with a NaN has no area.
+template <class T>
+DETOPS_HD bool may_overlap(const Box<T>& box, const Box<T>& bounds) {
+  return (box.x1 < bounds.x2) & (bounds.x1 < box.x2) & (box.y1 < bounds.y2) & (bounds.y1 < box.y2);
 }
 
 // The target score of step 6.

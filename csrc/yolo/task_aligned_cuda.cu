@@ -1,9 +1,8 @@
 // assign_task_aligned on a GPU, without a host synchronisation and without a [B, M, A] matrix.
 //
-//   1. prepare   bounds of the blocks of points; the angles of all predicted boxes
-//   2. claim     one block per gt: its warps search the blocks of points that may lie inside, keep their best anchors
-//   in
-//                the lanes of a warp, and merge them; anchors note who claims them
+//   1. prepare   bounds of the blocks of points, or of the predicted boxes; the angles of all predicted boxes
+//   2. claim     one block per gt: its warps search the blocks of points that may lie inside, or of boxes that may
+//                overlap, keep their best anchors in the lanes of a warp, and merge them; anchors note who claims them
 //   3. resolve   one thread per anchor: contested anchors find their best gt; each gt learns its highest metric and
 //                overlap
 //   4. limit     where topk2 < topk: one thread per anchor, which drops out if enough anchors of its gt rank before it
@@ -34,7 +33,8 @@ using Bits = typename BitsOf<T>::type;
 
 template <class T>
 struct Workspace {
-  Box<T>* bounds;         // [blocks of points]
+  Box<T>* bounds;         // [blocks of points], or of all images' predicted boxes for Candidates::kAll
+  RankedAnchor<T>* last;  // [B, M], for Candidates::kAll: what ranks after this a gt has not claimed
   Bits<T>* best_metric;   // [B, M], zeroed
   Bits<T>* best_overlap;  // [B, M], zeroed
   unsigned* owner;        // [B, A], zeroed
@@ -49,6 +49,23 @@ __global__ void task_aligned_prepare_kernel(const T* boxes, int64_t count, T* an
   if (angles != nullptr && i < count) angles[i] = iou_box<IouKind::kComplete>(load_box<T>(boxes + 4 * i)).angle;
   if (i / kWarpSize * kWarpSize >= anchors) return;
   store_bounds(points, anchors, i, bounds);
+}
+
+// For Candidates::kAll: one warp per block of anchors of an image.
+template <class T>
+__global__ void task_aligned_box_bounds_kernel(const T* boxes, int64_t blocks, int64_t blocks_per_image,
+                                               int64_t anchors, Box<T>* bounds) {
+  const int64_t block = int64_t(blockIdx.x) * (kThreads / kWarpSize) + threadIdx.x / kWarpSize;
+  if (block >= blocks) return;
+  const int64_t anchor = block % blocks_per_image * kPointBlock + threadIdx.x % kWarpSize;
+  Box<T> own = no_bounds<T>();
+  if (anchor < anchors) {
+    const Box<T> box = load_box<T>(boxes + 4 * (block / blocks_per_image * anchors + anchor));
+    extend(own, box.x1, box.y1);
+    extend(own, box.x2, box.y2);
+  }
+  own = warp_bounds(own);
+  if (threadIdx.x % kWarpSize == 0) bounds[block] = own;
 }
 
 template <bool complete, class S, class T>
@@ -79,8 +96,11 @@ __global__ void task_aligned_claim_kernel(TaskAlignedView<T> view, TaskAlignedOp
   const int64_t label = view.gts.labels[row];
   const IouBox<T> gt = gt_box<complete>(view, row);
   const Box<T> region = candidate_region(gt.box, static_cast<T>(options.min_size));
-  const T margin = T(kCandidateMargin);
-  unsigned* const owner = work.owner + image * view.anchors;
+  const T margin = T(options.margin());
+  const bool all = options.all();
+  const Counted<unsigned> owner("assign_task_aligned", "owners", work.owner + image * view.anchors, view.anchors);
+  const T* const boxes = view.boxes + 4 * image * view.anchors;
+  const Box<T>* const bounds = all ? work.bounds + image * ceil_div<int64_t>(view.anchors, kPointBlock) : work.bounds;
 
   const RankedAnchor<T> nothing{T(0), INT32_MAX};
   RankedAnchor<T> last{std::numeric_limits<T>::infinity(), -1};  // the last one found; nothing ranks before this
@@ -98,11 +118,16 @@ __global__ void task_aligned_claim_kernel(TaskAlignedView<T> view, TaskAlignedOp
       best.offer(item);
     };
     search_blocks(
-        view.anchors, warp, kClaimWarps, [&](int block) { return may_hold(region, work.bounds[block], margin); },
+        view.anchors, warp, kClaimWarps,
+        [&](int block) { return all ? may_overlap(gt.box, bounds[block]) : may_hold(region, bounds[block], margin); },
         [&](int block) {
           const int64_t anchor = int64_t(block) * kPointBlock + lane;
-          queue.push(static_cast<int>(anchor), anchor < view.anchors && is_inside(region, view.points[2 * anchor],
-                                                                                  view.points[2 * anchor + 1], margin));
+          bool found = false;
+          if (anchor < view.anchors) {
+            found = all ? may_overlap(gt.box, load_box<T>(boxes + 4 * anchor))
+                        : is_inside(region, view.points[2 * anchor], view.points[2 * anchor + 1], margin);
+          }
+          queue.push(static_cast<int>(anchor), found);
           if (queue.count() >= kWarpSize) look(queue.pop());
         });
     if (queue.count() > 0) look(queue.pop());
@@ -115,9 +140,15 @@ __global__ void task_aligned_claim_kernel(TaskAlignedView<T> view, TaskAlignedOp
         best.offer(lane < places ? RankedAnchor<T>{metrics[place], anchors[place]} : nothing);
       }
       const bool positive = lane < places && best.own().metric > T(0);
-      if (positive) claim(owner + best.own().anchor, number);
+      if (positive) {
+        const int64_t anchor = best.own().anchor;
+        if (!all || is_inside(region, view.points[2 * anchor], view.points[2 * anchor + 1], margin)) {
+          claim(&owner[anchor], number);
+        }
+      }
+      if (all && lane == places - 1) work.last[row] = best.own();
       const int positives = __popc(__ballot_sync(kFullWarp, positive));
-      if (positives < places) {
+      if (!all && positives < places) {
         // The other places go to the first anchors of metric 0.
         int64_t zeros = options.topk - found - positives;
         for (int64_t first = 0; zeros > 0 && first < view.anchors; first += kWarpSize) {
@@ -130,7 +161,7 @@ __global__ void task_aligned_claim_kernel(TaskAlignedView<T> view, TaskAlignedOp
                    !(metric_and_overlap<complete, S>(view, options, image, anchor, gt, label, overlap) > T(0));
           }
           const unsigned vote = __ballot_sync(kFullWarp, zero);
-          if (zero && candidate && __popc(vote & ((1u << lane) - 1)) < zeros) claim(owner + anchor, number);
+          if (zero && candidate && __popc(vote & ((1u << lane) - 1)) < zeros) claim(&owner[anchor], number);
           zeros -= __popc(vote);
         }
       }
@@ -188,9 +219,16 @@ __global__ void task_aligned_resolve_kernel(TaskAlignedView<T> view, TaskAligned
       }
       __syncthreads();
       for (int j = 0; contested && j < count; ++j) {
-        if (!is_inside(regions[j], x, y, T(kCandidateMargin))) continue;
+        if (!is_inside(regions[j], x, y, T(options.margin()))) continue;
         const T overlap = overlap_of<complete>(gts[j], predicted);
         if (gt >= 0 && !(overlap > best_overlap)) continue;
+        if (options.all()) {  // only if it has claimed the anchor
+          const int64_t row = image * view.gts.count + first + j;
+          if (!(overlap > T(0))) continue;
+          const T metric = metric_of(view.template score<S>(image, anchor, view.gts.labels[row]), overlap,
+                                     options.alpha, options.beta);
+          if (!(metric > T(0)) || ranks_before(work.last[row], {metric, static_cast<int32_t>(anchor)})) continue;
+        }
         gt = first + j;
         best_overlap = overlap;
       }
@@ -272,10 +310,13 @@ void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked
   const Tensor kept_owner = scratch(limited ? all_anchors * int64_t(sizeof(unsigned)) : 0);
   const Tensor metric = allocate(op, {all_anchors}, inputs.dtype(), inputs.scores);
   const Tensor angles = allocate(op, {complete ? all_anchors : 0}, inputs.dtype(), inputs.scores);
-  const Tensor bounds = scratch(ceil_div<int64_t>(anchors, kPointBlock) * int64_t(sizeof(Box<T>)));
+  const int64_t point_blocks = ceil_div<int64_t>(anchors, kPointBlock), box_blocks = images * point_blocks;
+  const Tensor bounds = scratch((options.all() ? box_blocks : point_blocks) * int64_t(sizeof(Box<T>)));
+  const Tensor last = scratch(options.all() ? rows * int64_t(sizeof(RankedAnchor<T>)) : 0);
   const TaskAlignedView<T> view = inputs.view<T>(&angles);
   Workspace<T> work;
   work.bounds = static_cast<Box<T>*>(bounds.mutable_data_ptr());
+  work.last = static_cast<RankedAnchor<T>*>(last.mutable_data_ptr());
   work.best_metric = static_cast<Bits<T>*>(noted.mutable_data_ptr());
   work.best_overlap = work.best_metric + rows;
   work.owner = reinterpret_cast<unsigned*>(work.best_overlap + rows);
@@ -287,7 +328,12 @@ void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked
     T* const angle_data = complete ? angles.mutable_data_ptr<T>() : nullptr;
     DETOPS_LAUNCH((task_aligned_prepare_kernel<T>),
                   blocks_for(op, "pred_scores", complete ? all_anchors : anchors, kThreads), kThreads, 0, stream,
-                  view.boxes, all_anchors, angle_data, view.points, anchors, work.bounds);
+                  view.boxes, all_anchors, angle_data, view.points, options.all() ? 0 : anchors, work.bounds);
+    if (options.all()) {
+      DETOPS_LAUNCH((task_aligned_box_bounds_kernel<T>),
+                    blocks_for(op, "pred_scores", box_blocks, kThreads / kWarpSize), kThreads, 0, stream, view.boxes,
+                    box_blocks, point_blocks, anchors, work.bounds);
+    }
     DETOPS_LAUNCH((task_aligned_claim_kernel<complete, S, T>), static_cast<unsigned>(rows), kClaimWarps * kWarpSize, 0,
                   stream, view, options, work);
     const auto per_image = static_cast<int>(ceil_div<int64_t>(anchors, kThreads));
@@ -302,7 +348,7 @@ void launch_all(const TaskAlignedInputs& inputs, const TaskAlignedOptions& asked
     work.kept_owner = work.owner;
   }
   const TaskAlignedScore<T> score{work.metric, work.best_metric, work.best_overlap, static_cast<T>(options.eps)};
-  launch_write_targets<S>(work.kept_owner, view.gts, score, inputs.gt_boxes_out, out, stream);
+  launch_write_targets(work.kept_owner, view.gts, score, inputs.gt_boxes_out, out, stream);
 }
 
 }  // namespace

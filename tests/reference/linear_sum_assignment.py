@@ -1,6 +1,7 @@
 """Optimal assignments from their definition: by trying all of them."""
 
 import itertools
+from fractions import Fraction
 
 import numpy as np
 
@@ -8,17 +9,20 @@ from .iou import pair_value
 
 
 def linear_sum_assignment(cost):
-    """(pairs, total) of the best assignments of targets to queries, cost [Q, T]: the largest number of allowed pairs,
-    and the least sum that so many can have. For tiny problems with costs whose sums are exact."""
+    """(pairs, total) of the best assignments of targets to queries, cost [Q, T]: the largest number of pairs of finite
+    costs, and the least sum that so many can have, exact. For tiny problems."""
     queries, targets = cost.shape
     rows = cost.T if targets <= queries else cost
-    best = (0, 0.0)
+    best = (0, Fraction(0))
     for columns in itertools.permutations(range(max(queries, targets)), min(queries, targets)):
-        chosen = np.array([rows[row, column] for row, column in enumerate(columns)], np.float64)
-        allowed = chosen[np.isfinite(chosen)]
-        found = (-len(allowed), float(allowed.sum()))
-        best = min(best, found)
+        chosen = [rows[row, column] for row, column in enumerate(columns)]
+        best = min(best, ranked([each for each in chosen if np.isfinite(each)]))
     return -best[0], best[1]
+
+
+def ranked(costs):
+    """What is least of the best assignment, of the finite costs of its pairs."""
+    return -len(costs), sum(map(Fraction, map(float, costs)), Fraction(0))
 
 
 def is_assignment(found, queries, count):
@@ -33,9 +37,10 @@ def is_assignment(found, queries, count):
 
 
 def total_cost(cost, found):
-    """(pairs, sum) of the pairs of an assignment, cost [Q, T]."""
-    pairs = [(query, target) for target, query in enumerate(found) if query >= 0]
-    return len(pairs), float(sum(np.float64(cost[query, target]) for query, target in pairs))
+    """(pairs, sum) of the pairs of an assignment that have a finite cost, cost [Q, T]."""
+    pairs = [cost[query, target] for target, query in enumerate(found) if query >= 0]
+    count, total = ranked([each for each in pairs if np.isfinite(each)])
+    return -count, total
 
 
 def match_detr(
@@ -60,9 +65,19 @@ def match_detr(
         for t, gt in enumerate(gt_boxes):
             apart = np.abs(centred(box, fmt) - centred(gt, fmt))
             l1 = apart[0] + apart[1] + apart[2] + apart[3]
-            giou = pair_value("generalized", cornered(box, fmt), cornered(gt, fmt), 0)
+            giou = generalized(cornered(box, fmt), cornered(gt, fmt))
             cost[q, t] = l1_weight * l1 + class_weight * of_class[q, gt_labels[t]] + giou_weight * -giou
     return cost
+
+
+def generalized(a, b):
+    """The generalized IoU, with IoU 0 of two boxes without area, from which a box around both without area takes
+    nothing."""
+    sides = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    if sides != [0, 0]:
+        return pair_value("generalized", a, b, 0)
+    around = np.maximum(a[2:], b[2:]) - np.minimum(a[:2], b[:2])
+    return a.dtype.type(-1 if around[0] * around[1] > 0 else 0)
 
 
 def centred(box, fmt):
