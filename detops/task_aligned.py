@@ -33,11 +33,15 @@ class TaskAlignedMetrics(NamedTuple):
     """`TaskAlignedTargets` and what they were decided on; see `assign_task_aligned(..., with_metrics=True)`."""
 
     labels: Tensor
-    """The first five are those of `TaskAlignedTargets`."""
+    """[B, A] int64: as of `TaskAlignedTargets`."""
     boxes: Tensor
+    """[B, A, 4] in the dtype of `gt_boxes`: the same."""
     scores: Tensor
+    """[B, A, C], or [B, A] if sparse, in the dtype of `pred_scores`: the same."""
     foreground: Tensor
+    """[B, A] bool: the same."""
     gt_indices: Tensor
+    """[B, A] int64: the same."""
     metrics: Tensor
     """[B, A] float32 or float64: score^alpha * overlap^beta of the anchor and its gt; 0 for background."""
     overlaps: Tensor

@@ -181,14 +181,14 @@ def test_invalid_costs(device, bad, queries, targets):
 
 
 @pytest.mark.parametrize("invalid", ["forbid", "last"])
-@pytest.mark.parametrize("large", [7.0, 2.0**50, 1e300, 1.7e308])
+@pytest.mark.parametrize("large", [7.0, 1e17, 1e300, 1.7e308])
 def test_as_few_invalid_pairs_as_possible_and_then_the_least_sum(device, invalid, large):
     rng = np.random.default_rng(0)
-    for _ in range(device.limit(150, emulated=12)):
+    for _ in range(device.limit(200, emulated=12)):
         queries, targets = rng.integers(1, 6, 2)
-        cost = rng.integers(-3, 9, (1, queries, targets)).astype(np.float64)
-        cost[rng.random(cost.shape) < 0.2] = large * (-1) ** rng.integers(2)
-        cost[rng.random(cost.shape) < rng.choice([0.3, 0.7])] = np.inf
+        cost = rng.integers(0, 9, (1, queries, targets)).astype(np.float64)
+        cost[rng.random(cost.shape) < 0.15] = large * rng.choice([1, 1, 1, -1])
+        cost[rng.random(cost.shape) < rng.choice([0.3, 0.6])] = np.inf
         drawn = rng.random(cost.shape) < 0.3
         cost[drawn & np.isinf(cost)] = rng.choice([np.nan, -np.inf])
         found = to_numpy(detops.linear_sum_assignment(device.put(cost, torch.float64), invalid=invalid))[0]
@@ -196,7 +196,7 @@ def test_as_few_invalid_pairs_as_possible_and_then_the_least_sum(device, invalid
         pairs, total = reference.total_cost(cost[0], found)
         best_pairs, best = reference.linear_sum_assignment(cost[0])
         assert pairs == best_pairs
-        if abs(best) < 1e3 and np.nanmin(np.where(np.isfinite(cost), cost, 0)) > -10:
+        if abs(best) < 1e3 and np.where(np.isfinite(cost), cost, 0).min() > -10:
             assert total == best
         else:  # sums of large numbers are rounded
             assert abs(total - best) <= Fraction(large) / 10**9
@@ -219,6 +219,13 @@ def test_pairs_that_come_last_in_larger_problems(device, queries, targets):
         assert own + (min(queries, targets) - pairs) * 1e6 == total
         kept = to_numpy(detops.linear_sum_assignment(device.put(cost[None], torch.float64)))[0]
         assert (kept == np.where([q >= 0 and np.isfinite(cost[q, t]) for t, q in enumerate(found)], found, -1)).all()
+
+
+def test_large_costs_do_not_hide_small_ones(device):
+    inf = np.inf
+    cost = device.put([[[inf, 5, 0], [1e300, inf, inf], [3, inf, inf], [inf, inf, inf]]], torch.float64)
+    assert detops.linear_sum_assignment(cost).tolist() == [[2, -1, 0]]
+    assert detops.linear_sum_assignment(cost, invalid="last").tolist() == [[2, 1, 0]]
 
 
 def test_nothing_but_invalid_costs(device):

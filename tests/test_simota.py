@@ -172,6 +172,15 @@ def test_large_weights(device, rule):
     for weight in (1e6, 1e10, 1e12, 1e14):
         for dtype in (torch.float32, torch.float64):
             check(put(device, arrays, dtype), rule=rule, iou_weight=weight)
+    # Gt 0 has a nearly perfect anchor that is near it, and a perfect one by the other gt, which is cheaper.
+    weight, penalty = (1e11, 1e5) if rule == "mmdet" else (1e12, 1e6)
+    side = 100 * (1 - penalty / weight * (1.005 if rule == "yolox" else 1.095))
+    arrays = [np.ones((1, 2, 2)), np.ones((1, 2)), np.array([[[0, 0, 100, side], [0, 0, 100, 100]]]),
+              np.array([[50.0, 50], [500, 500]]), np.full(2, 8.0),
+              np.array([[[0.0, 0, 100, 100], [450, 450, 550, 550]]]), np.array([[0, 1]]),
+              np.ones((1, 2), bool)]  # fmt: skip
+    found = check(put(device, arrays, torch.float64), rule=rule, iou_weight=weight, topk=1)
+    assert found.gt_indices.tolist() == [[-1, 0]]
 
 
 @pytest.mark.parametrize("name", EDGES)

@@ -75,7 +75,9 @@ def test_sizes(device, anchors, gts):
     if device.name == "emulated" and anchors > 300 and gts > 17:
         pytest.skip("takes long, and the others reach all code")
     points = np.random.default_rng(anchors).uniform(0, 128, (anchors, 2))
-    check(put(device, scene(points, gts, seed=gts)))
+    tensors = put(device, scene(points, gts, seed=gts))
+    check(tensors)
+    check(tensors, candidates="all")
 
 
 @pytest.mark.parametrize("classes", (1, 2, 3, 4, 5, 8, 80))

@@ -21,12 +21,18 @@ from torch import Tensor
 def results(args: tuple[Any, ...], options: dict[str, Any]) -> None:
 """
 
+# Functions whose result depends on an option: what it is for which.
+OVERLOADED = {"assign_task_aligned": {"": "TaskAlignedTargets", ", with_metrics=True": "TaskAlignedMetrics"}}
+
 
 def expected_types():
     """A line for each public function, and for each field of the results that have some."""
     for name in sorted(detops.__all__):
         value = getattr(detops, name)
-        if inspect.isfunction(value):
+        if name in OVERLOADED:
+            for option, result in OVERLOADED[name].items():
+                yield f"    assert_type(detops.{name}(*args{option}), detops.{result})"
+        elif inspect.isfunction(value):
             result = inspect.formatannotation(inspect.signature(value).return_annotation)
             result = re.sub(r"detops\.\w+\.", "detops.", result)  # classes by their public names
             yield f"    assert_type(detops.{name}(*args, **options), {result})"
