@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -89,7 +90,7 @@ def make_call(target, seed: int, device: str, show: bool = False) -> tuple[str, 
         kind = "refused" if is_allowed(error, target.name) else "finding"
         if show and kind == "finding":
             raise
-        return kind, f"{type(error).__name__}: {error}"
+        return kind, f"{type(error).__name__}: {error} ({place_of(error)})"
     finally:
         torch.set_flush_denormal(False)
 
@@ -199,6 +200,16 @@ def is_allowed(error: Exception, name: str) -> bool:
     )
 
 
+def place_of(error: Exception) -> str:
+    """The line of detops that an exception comes from: those of one line are of one kind."""
+    import detops
+
+    package = Path(detops.__file__).parent
+    frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    inside = [f"{path.name}:{line}" for path, line in frames if package in path.parents]
+    return inside[-1] if inside else "the compiled library"
+
+
 def describe(value) -> str:
     """For the eye; small tensors in full."""
     import torch
@@ -278,8 +289,9 @@ class Report:
             self.outcomes.setdefault(name, Counter())[outcome] += 1
             if outcome != "finding":
                 return
-            kind = (name, re.sub(r"0x[0-9a-f]+|-?\d[\d.e+-]*|\[.*?\]", "#", text))
-            self.findings.setdefault(kind, []).append(seed)
+            place = re.search(r"\((\w+\.py:\d+)\)$", text)
+            kind = (name, place[1] if place else re.sub(r"0x[0-9a-f]+|-?\d[\d.e+-]*|\[.*?\]", "#", text))
+            self.findings.setdefault(kind, []).append((seed, text))
             if len(self.findings[kind]) == 1:
                 device = "" if self.options.device == "cpu" else f" --device {self.options.device}"
                 print(f"{name}: {text}\n    python tests/fuzz.py{device} --call '{name}' {seed}\n{more}", flush=True)
@@ -301,8 +313,8 @@ class Report:
         silent = [name for name, counts in self.outcomes.items() if sum(counts.values()) >= 40 and not counts["result"]]
         print(f"fuzz: {calls} calls of {len(self.outcomes)} functions, {refused} refused, ", end="")
         print(f"{len(self.findings)} kinds of findings, {time.monotonic() - self.started:.0f} s")
-        for (name, text), seeds in sorted(self.findings.items(), key=lambda item: -len(item[1])):
-            print(f"  {len(seeds)} x {name}: {text[:150]}, seeds {seeds[:5]}")
+        for (name, _), cases in sorted(self.findings.items(), key=lambda item: -len(item[1])):
+            print(f"  {len(cases)} x {name} {cases[0][0]}: {cases[0][1][:160]}")
         for name in self.without():
             print(f"  {name} ended {MOST_ENDS} processes and was left out from there on")
         for name in silent:

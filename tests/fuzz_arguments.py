@@ -377,6 +377,7 @@ OPTIONS = {
     "max_distance": (None, 7.0, 0.0, 15.99),
     "dim": (-1, 0, 1, -2),
     "version": ("v3", "v5"),
+    "detops::*:version": (3, 5),
     "yolo_anchors:version": ("v2", "v3", "v3-tiny", "v4", "v5", "v7"),
     "dtype": FLOATING,
     "device": ("cpu",),

@@ -232,9 +232,16 @@ def test_retinanet_finds_all_scores_above_the_threshold(torchvision, in_place, d
         (found,) = torchvision.models.detection.RetinaNet.postprocess_detections(
             model, outputs, [[anchors]], [(50000, 50000)]
         )
-    scores = logits[0, :, 0].sigmoid()
-    expected = scores[scores > threshold].sort(descending=True).values
-    assert torch.equal(found["scores"], expected)
+    # torch computes a score in a vector or alone, which gives other last bits, and both are torch's. Of a score that is
+    # above the threshold in one of them only, either may be found.
+    alone = torch.stack([logit.sigmoid() for logit in logits.flatten()])
+    in_vectors = logits.reshape(-1, 1).repeat(1, 64).sigmoid()[:, 0]
+    lower, upper = torch.minimum(alone, in_vectors), torch.maximum(alone, in_vectors)
+    place = (found["boxes"][:, 0] / 100).round().long()
+    counts = torch.bincount(place, minlength=401)
+    assert (counts <= 1).all() and (counts[lower > threshold] == 1).all() and (counts[upper <= threshold] == 0).all()
+    assert ((found["scores"] == alone[place]) | (found["scores"] == in_vectors[place])).all()
+    assert (found["scores"].diff() <= 0).all()
 
 
 @pytest.mark.parametrize("device", ["cpu"], indirect=True)

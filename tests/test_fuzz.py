@@ -64,7 +64,7 @@ def changes(boxes):
 
 
 WRONG = {
-    unnamed: "RuntimeError: wrong",
+    unnamed: "RuntimeError: wrong (the compiled library)",
     writes: "an argument was written to",
     forgets: "tensor 0 of the result has memory that nobody has written",
     changes: "the same call has another result",
