@@ -58,14 +58,19 @@ def targets() -> dict[str, Target]:
     return found
 
 
+def _named(function: Callable) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [each.name for each in parameters if each.kind != each.VAR_KEYWORD]
+
+
 def _methods(value: type) -> list[str]:
     own = [name for name, member in vars(value).items() if callable(member)]
     return [name for name in own if name in ("forward", "__call__") or not name.startswith(("_", "extra_repr"))]
 
 
 def _method_target(name: str, value: type, method: str) -> Target:
-    options = list(inspect.signature(value).parameters)
-    arguments = list(inspect.signature(getattr(value, method)).parameters)[1:]  # without self
+    options = _named(value)
+    arguments = _named(getattr(value, method))[1:]  # without self
 
     def call(**values):
         instance = value(**{each: values[each] for each in options})
@@ -420,6 +425,11 @@ OPTIONS = {
     "detops::*:classes": lambda s: s.classes,
     "TaskAlignedAssigner.*:stride": lambda s: s.pick((None, [8.0, 16.0, 32.0])),
     "dense_scores": BOOLEAN,
+    "promote_scores": BOOLEAN,
+    "with_metrics": BOOLEAN,
+    "candidates": ("inside", "all"),
+    "rule": ("yolox", "mmdet"),
+    "invalid": ("forbid", "raise", "last"),
     "complete": BOOLEAN,
     "iou": ("ciou", "iou"),
     "center_radius": (1.5, 2.5, 0.5),
