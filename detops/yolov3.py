@@ -40,11 +40,11 @@ def assign_yolov3(
 
     Args:
         gt_boxes: [B, M, 4] xyxy in pixels, floating.
-        gt_labels: [B, M] int64.
+        gt_labels: [B, M] int64, at least 0; how many classes there are is not known here.
         gt_valid: [B, M] bool: which rows take part; see `pad_ground_truth`.
         anchors: [L, A, 2] widths and heights in pixels, of up to 8 levels.
         strides: of the L levels, in pixels.
-        image_size: (height, width), multiples of all strides.
+        image_size: (height, width), multiples of all strides, at least 0.
         iou_threshold: at least 0.
 
     Returns:
@@ -56,8 +56,9 @@ def assign_yolov3(
     the border. A best anchor with IoU 0 is not forced. NaN IoUs count as 0. No gradient.
 
     Raises:
-        ValueError: image_size is no multiple of a stride, or iou_threshold is negative or NaN.
-        RuntimeError: wrong shapes, dtypes or devices.
+        ValueError: image_size is negative or no multiple of a stride, or iou_threshold is negative or NaN.
+        RuntimeError: wrong shapes, dtypes or devices; on the CPU a negative label (on a GPU such a gt counts as not
+            valid).
 
     Example:
         >>> targets = assign_yolov3(
@@ -75,6 +76,8 @@ def assign_yolov3(
             raise ValueError(
                 f"assign_yolov3: image_size must be a multiple of the strides {list(strides)}, got {tuple(image_size)}"
             )
+    if height < 0 or width < 0:
+        raise ValueError(f"assign_yolov3: image_size must be at least 0, got {tuple(image_size)}")
     if not iou_threshold >= 0:
         raise ValueError(f"assign_yolov3: iou_threshold must be at least 0, got {iou_threshold}")
     return Yolov3Targets(

@@ -36,7 +36,7 @@ def assign_yolov5(
     *,
     ratio_threshold: float = 4.0,
 ) -> Yolov5Targets:
-    """Gives each ground-truth box all anchors of like shape, in the cell of its centre and up to two next to it.
+    """Gives each ground-truth box all anchors of like shape, in the cell of its centre and those next to it.
 
     An anchor matches if max(r, 1 / r) < ratio_threshold for both r = gt side / anchor side. The cells are that of the
     centre, the left one if the centre lies in the left half of its cell, or the right one if in the right half, and
@@ -44,25 +44,27 @@ def assign_yolov5(
 
     Args:
         gt_boxes: [B, M, 4] xyxy in pixels, floating.
-        gt_labels: [B, M] int64.
+        gt_labels: [B, M] int64, at least 0; how many classes there are is not known here.
         gt_valid: [B, M] bool: which rows take part; see `pad_ground_truth`.
         anchors: [L, A, 2] widths and heights in pixels.
         strides: of the L levels, in pixels.
-        image_size: (height, width), multiples of all strides.
+        image_size: (height, width), multiples of all strides, at least 0.
         ratio_threshold: above 1.
 
     Returns:
         `Yolov5Targets(labels [L, K], boxes [L, K, 4], indices [L, K, 4], gt_indices [L, K], counts [L])` with
-        K = 3 A B M. Rows are ordered by cell (own, left, upper, right, lower), anchor, image and gt; a gt may have
+        K = 5 A B M. Rows are ordered by cell (own, left, upper, right, lower), anchor, image and gt; a gt may have
         several. Computed in float32 (float64 for float64 boxes), the dtype of `boxes`. On a GPU nothing waits.
 
-    A centre in the very middle of its cell belongs to neither half; one on the line between two cells gives its cell
-    twice, as in YOLOv5; one outside of the image gets the cell at the border. Boxes with a side that is 0, negative,
-    infinite or NaN match nothing. No gradient.
+    A centre in the very middle of its cell belongs to neither half. One on the line between two cells belongs to the
+    neighbours on both sides, so that there are up to five cells, and the cell right of (below) the line comes twice, as
+    in YOLOv5. One outside of the image gets the cell at the border. Boxes with a side that is 0, negative, infinite or
+    NaN, or a centre that is not finite, match nothing. No gradient.
 
     Raises:
-        ValueError: image_size is no multiple of a stride, or ratio_threshold is not above 1.
-        RuntimeError: wrong shapes, dtypes or devices.
+        ValueError: image_size is negative or no multiple of a stride, or ratio_threshold is not above 1.
+        RuntimeError: wrong shapes, dtypes or devices; on the CPU a negative label (on a GPU such a gt counts as not
+            valid).
 
     Example:
         >>> targets = assign_yolov5(
@@ -80,6 +82,8 @@ def assign_yolov5(
             raise ValueError(
                 f"assign_yolov5: image_size must be a multiple of the strides {list(strides)}, got {tuple(image_size)}"
             )
+    if height < 0 or width < 0:
+        raise ValueError(f"assign_yolov5: image_size must be at least 0, got {tuple(image_size)}")
     _check_ratio("assign_yolov5", ratio_threshold)
     if gt_boxes.shape[-1:] != (4,):  # what follows would hide it from the op
         raise RuntimeError(f"assign_yolov5: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
@@ -106,6 +110,7 @@ def yolov5_target_lists(
 
     Args:
         targets: [n, 6] image, class, centre x, y, width, height, the last four divided by the image's width and height.
+            Image and class are at least 0, and are rounded towards it.
         anchors: [L, A, 2] widths and heights in cells.
         grid_sizes: (height, width) of the L feature maps, in cells.
         ratio_threshold: above 1.
@@ -118,7 +123,8 @@ def yolov5_target_lists(
 
     Raises:
         ValueError: ratio_threshold is not above 1, or a grid size is negative.
-        RuntimeError: wrong shapes, dtypes or devices.
+        RuntimeError: wrong shapes, dtypes or devices; on the CPU an image or class that is NaN, negative or above
+            2^31 - 1 (on a GPU such a target matches nothing).
 
     Example:
         >>> classes, boxes, indices, sides = yolov5_target_lists(
@@ -146,15 +152,22 @@ def yolov5_target_lists(
     if any(min(size) < 0 for size in grid_sizes):
         raise ValueError(f"{op}: grid_sizes must be at least 0, got {list(grid_sizes)}")
     targets, anchors = targets.detach(), anchors.detach()
-    labels = targets[None, :, 1].long()
+    numbers = targets[:, :2]
+    known = (numbers > -1) & (numbers < 2**31)  # of others an integer is not defined
+    valid = known.all(dim=1)
+    if targets.device.type == "cpu" and not valid.all():
+        row = valid.int().argmin().item()
+        got = f"{numbers[row].tolist()} in row {row}"
+        raise RuntimeError(f"{op}: targets must have an image and a class from 0 to 2147483647, got {got}")
+    images, labels = torch.where(known, numbers, 0).long().unbind(1)
     indices, gt_indices, labels, boxes, counts = _library.ops.assign_yolov5(
-        *(targets[None, :, 2:], labels, torch.ones_like(labels, dtype=torch.bool), anchors),
+        *(targets[None, :, 2:], labels[None], valid[None], anchors),
         *([height for height, _ in grid_sizes], [width for _, width in grid_sizes], ratio_threshold),
     )
     found = ([], [], [], [])
     for level, count in enumerate(counts.tolist()):
         _, anchor, y, x = indices[level, :count].unbind(1)
-        image = targets[gt_indices[level, :count], 0].long()
+        image = images[gt_indices[level, :count]]
         parts = labels[level, :count], boxes[level, :count], (image, anchor, y, x), anchors[level][anchor]
         for each, part in zip(found, parts, strict=True):
             each.append(part)
@@ -171,7 +184,7 @@ def _(
     gt_boxes: Tensor, gt_labels: Tensor, gt_valid: Tensor, anchors: Tensor, heights: list[int], widths: list[int],
     ratio_threshold: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    levels, capacity = anchors.shape[0], 3 * anchors.shape[1] * gt_labels.shape[0] * gt_labels.shape[1]
+    levels, capacity = anchors.shape[0], 5 * anchors.shape[1] * gt_labels.shape[0] * gt_labels.shape[1]
     dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
     return (
         gt_labels.new_empty(levels, capacity, 4),

@@ -216,6 +216,22 @@ def test_bad_options(name, value, message):
 # A PyTorch citizen.
 
 
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (4, -1, "grid_size must be from 0 to 2147418112, got -1"),
+        (4, 2**40, "grid_size must be from 0 to 2147418112, got 1099511627776"),
+        (6, 0, "image_size must be positive, got 0 x 192"),
+        (8, -3, "num_classes must be from 0 to 2147418112, got -3"),
+    ],
+)
+def test_bad_numbers_by_name(device, place, value, message):
+    arguments = [*map(device.put, gts_of(1, 3)), None, 4, 6, 128, 192, 4]
+    arguments[place] = value
+    with pytest.raises(RuntimeError, match=f"^assign_yolo_grid: {message}$"):
+        _library.ops.assign_yolo_grid(*arguments)
+
+
 def test_opcheck(device):
     tensors = [*map(device.put, gts_of(2, 6))]
     for anchors in (None, device.put(ANCHORS)):

@@ -109,6 +109,40 @@ def test_order_is_that_of_decode_yolo(device):
     np.testing.assert_allclose(to_numpy(found.boxes[0]), places, atol=1e-4)
 
 
+def test_negative_labels(device):
+    boxes, labels, valid = map(device.put, gts_of(2, 12, size=64))
+    rest = device.put(ANCHORS), STRIDES, (64, 64)
+    expected = detops.assign_yolov3(boxes, labels, valid & (labels % 3 > 0), *rest)
+    labels = torch.where(labels % 3 == 0, -1, labels)
+    if device.name == "cpu":
+        with pytest.raises(RuntimeError, match="^assign_yolov3: gt_labels must be at least 0 where gt_valid, got -1$"):
+            detops.assign_yolov3(boxes, labels, valid, *rest)
+    else:
+        assert all(map(torch.equal, detops.assign_yolov3(boxes, labels, valid, *rest), expected))
+
+
+def test_levels_without_cells(device):
+    gts = [*map(device.put, gts_of(1, 5))]
+    for size in ((0, 0), (0, 64), (64, 0)):
+        targets = detops.assign_yolov3(*gts, device.put(ANCHORS), STRIDES, size)
+        assert targets.labels.shape == (1, 0)
+    # By name, one of several levels.
+    expected = detops.assign_yolov3(*gts, device.put(ANCHORS[1:2]), STRIDES[1:2], (64, 64))
+    for heights in ([0, 4, 0], [8, 4, 0]):
+        widths = [0 if heights[0] else 8, 4, 0]
+        found = _library.ops.assign_yolov3(*gts, device.put(ANCHORS), heights, widths, [8, 16, 32], 0.5)
+        assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_maps_wider_than_float32_counts(device):
+    # As a float32, the last of 2^24 + 4 columns is 2^24 + 4.
+    wide = 2**24 + 4
+    boxes, labels = device.put([[[wide - 2.0, 0, wide + 2, 1]]]), device.put([[5]])
+    arguments = labels, labels > 0, device.put([[[4.0, 1]]]), [1], (1, wide)
+    assert detops.assign_yolov3(boxes, *arguments).labels[0, -4:].tolist() == [-1, -1, -1, 5]
+
+
 def test_no_gradient(device):
     boxes, labels, valid = map(device.put, gts_of(1, 5))
     targets = detops.assign_yolov3(boxes.requires_grad_(), labels, valid, device.put(ANCHORS), STRIDES, (64, 64))
@@ -148,8 +182,24 @@ def test_bad_tensors(device, name, value, message):
 def test_bad_options():
     with pytest.raises(ValueError, match=r"image_size must be a multiple of the strides \[8, 16, 32\], got \(64, 60\)"):
         detops.assign_yolov3(**{**GOOD, "image_size": (64, 60)})
+    with pytest.raises(ValueError, match=r"^assign_yolov3: image_size must be at least 0, got \(-64, 64\)$"):
+        detops.assign_yolov3(**{**GOOD, "image_size": (-64, 64)})
     with pytest.raises(ValueError, match="^assign_yolov3: iou_threshold must be at least 0, got nan$"):
         detops.assign_yolov3(**GOOD, iou_threshold=float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("heights", "widths", "message"),
+    [
+        ([8, 4, -2], [8, 4, -2], "heights must be from 0 to 2147418112, got -2"),
+        ([8, 4, 2], [8, 2**33, 2], "widths must be from 0 to 2147418112, got 8589934592"),
+        ([8, 2**17, 2], [8, 2**17, 2], "anchors must make at most 2147418112 rows, got 3 x 131072 x 131072"),
+    ],
+)
+def test_bad_grids_by_name(device, heights, widths, message):
+    tensors = [GOOD[key].to(device.torch) for key in list(GOOD)[:4]]
+    with pytest.raises(RuntimeError, match=f"^assign_yolov3: {message}$"):
+        _library.ops.assign_yolov3(*tensors, heights, widths, [8, 16, 32], 0.5)
 
 
 # A PyTorch citizen.

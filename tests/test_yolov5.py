@@ -44,7 +44,7 @@ def check(device, gts, anchors=ANCHORS, strides=STRIDES, image_size=(256, 256), 
     grids = [(image_size[0] // stride, image_size[1] // stride) for stride in strides]
     shares = shares_of(to_numpy(boxes), image_size)
     levels = reference.assign_yolov5(shares, to_numpy(labels), to_numpy(valid), in_cells, grids, **options)
-    capacity = 3 * anchors.shape[1] * labels.numel()
+    capacity = 5 * anchors.shape[1] * labels.numel()
     assert targets.labels.shape == targets.gt_indices.shape == (len(strides), capacity)
     assert targets.counts.tolist() == list(map(len, levels))
     for level, rows in enumerate(levels):
@@ -83,7 +83,34 @@ def test_no_image_and_no_level(device):
     check(device, gts_of(0, 5))
     boxes, labels, valid = map(device.put, gts_of(1, 5))
     targets = detops.assign_yolov5(boxes, labels, valid, device.put(ANCHORS[:0]), (), (64, 64))
-    assert targets.labels.shape == (0, 45) and targets.counts.shape == (0,)
+    assert targets.labels.shape == (0, 75) and targets.counts.shape == (0,)
+
+
+def test_a_centre_on_a_line_takes_the_cells_of_both_sides(device):
+    boxes, labels = device.put([[[8.0, 8, 24, 24]]]), device.put([[7]])
+    anchors, valid = device.put([[[16.0, 16]]]), device.put([[True]])
+    targets = detops.assign_yolov5(boxes, labels, valid, anchors, [8], (64, 64))
+    assert targets.indices.tolist() == [[[0, 0, 2, 2], [0, 0, 2, 1], [0, 0, 1, 2], [0, 0, 2, 2], [0, 0, 2, 2]]]
+    assert targets.counts.tolist() == [5] and targets.labels.tolist() == [[7] * 5]
+
+    rows = device.put([[0, 5, 0.5, 0.45, 0.25, 0.25]])
+    *_, [(_, _, y, x)], _ = detops.yolov5_target_lists(rows, device.put([[[2.0, 2]]]), [(8, 8)])
+    assert (y.tolist(), x.tolist()) == ([3, 3, 3, 4], [4, 3, 4, 4])
+
+
+@pytest.mark.parametrize("name", ("v3", "v5", "v7"))
+def test_objects_of_whole_pixels_fit_the_result(device, name):
+    # An object in the very middle of an image takes five cells on every level; all that match three anchors fill it.
+    anchors = to_numpy(detops.yolo_anchors(name))
+    half = anchors[:1] / 2
+    gts = np.concatenate([320 - half, 320 + half], 2), np.zeros((1, 3), int), np.ones((1, 3), bool)
+    targets = check(device, gts, anchors=anchors, image_size=(640, 640), ratio_threshold=1e9)
+    assert targets.counts.tolist() == [5 * 3 * 3] * 3
+    rng = np.random.default_rng(1)
+    low = rng.integers(0, 40, (2, 30, 2)) * 16.0
+    boxes = np.concatenate([low, low + rng.integers(1, 20, low.shape) * 16], 2)
+    gts = boxes, rng.integers(0, 80, (2, 30)), np.ones((2, 30), bool)
+    assert check(device, gts, anchors=anchors, image_size=(640, 640), ratio_threshold=1e9).counts[0] > 4 * 3 * 60
 
 
 def test_a_centre_has_one_two_or_three_cells(device):
@@ -171,6 +198,64 @@ def test_lists_are_those_of_yolov5(device):
                     assert torch.equal(ours_here.cpu(), theirs_here)
 
 
+def test_sides_that_are_not_positive_match_nothing(device):
+    boxes = np.array([[[9.0, 9, 3, 3], [9, 9, 9, 3], [9, 9, 9, 9], [9, 3, 3, 9], [0.0, 0, -0.0, -0.0]]])
+    gts = boxes, np.zeros((1, 5), int), np.ones((1, 5), bool)
+    assert check(device, gts).counts.tolist() == [0, 0, 0]
+    assert check(device, gts, anchors=-ANCHORS).counts.tolist() == [0, 0, 0]
+    rows = torch.tensor([[0, 0, 0.5, 0.5, side, other] for side in (-0.2, -0.0, 0.2) for other in (-0.2, -0.0)])
+    classes, *_ = detops.yolov5_target_lists(rows.to(device.torch), device.put([[[2.0, 2]]]), [(8, 8)])
+    assert classes[0].tolist() == []
+
+
+def test_centres_that_are_not_finite_match_nothing(device):
+    rows = torch.tensor([[0, 7, 0.5, 0.5, 0.25, 0.25], *[[0, 0, 0.5, 0.5, 0.25, 0.25]] * 5])
+    rows[1, 2], rows[2, 3], rows[3, 2], rows[4, 3] = torch.nan, torch.nan, torch.inf, -torch.inf
+    rows[5, 4] = torch.nan
+    classes, boxes, _, _ = detops.yolov5_target_lists(rows.to(device.torch), device.put([[[2.0, 2]]]), [(8, 8)])
+    assert classes[0].tolist() == [7] * 5 and boxes[0][:, 2:].tolist() == [[2, 2]] * 5
+
+
+def test_negative_labels(device):
+    boxes, labels, valid = map(device.put, gts_of(2, 12))
+    anchors = device.put(ANCHORS)
+    expected = detops.assign_yolov5(boxes, labels, valid & (labels % 3 > 0), anchors, STRIDES, (256, 256))
+    labels = torch.where(labels % 3 == 0, -1, labels)
+    if device.name == "cpu":
+        with pytest.raises(RuntimeError, match="^assign_yolov5: gt_labels must be at least 0 where gt_valid, got -1$"):
+            detops.assign_yolov5(boxes, labels, valid, anchors, STRIDES, (256, 256))
+    else:
+        targets = detops.assign_yolov5(boxes, labels, valid, anchors, STRIDES, (256, 256))
+        assert all(map(torch.equal, targets, expected))
+
+
+@pytest.mark.parametrize("column", (0, 1))
+@pytest.mark.parametrize("value", (-1.0, np.nan, 1e30, -np.inf))
+def test_images_and_classes_out_of_range(device, column, value):
+    rows = torch.tensor([[0, 3, 0.3, 0.3, 0.2, 0.2], [1, 3, 0.3, 0.3, 0.2, 0.2]])
+    rows[1, column] = value
+    arguments = rows.to(device.torch), device.put([[[2.0, 2]]]), [(8, 8)]
+    if device.name == "cuda":
+        ours, expected = (detops.yolov5_target_lists(each, *arguments[1:]) for each in (arguments[0], arguments[0][:1]))
+        assert torch.equal(ours[0][0], expected[0][0]) and torch.equal(ours[2][0][0], expected[2][0][0])
+    else:
+        match = r"^yolov5_target_lists: targets must have an image and a class from 0 to 2147483647, got .* in row 1$"
+        with pytest.raises(RuntimeError, match=match):
+            detops.yolov5_target_lists(*arguments)
+
+
+def test_grids_without_cells_and_wider_than_float32_counts(device):
+    boxes, labels, valid = map(device.put, gts_of(1, 5))
+    for size in ((0, 0), (0, 64), (64, 0)):
+        targets = detops.assign_yolov5(boxes, labels, valid, device.put(ANCHORS), STRIDES, size)
+        assert targets.counts.tolist() == [0, 0, 0] and (targets.indices == -1).all()
+    # As a float32, the last of 2^24 + 4 columns is 2^24 + 4.
+    wide = 2**24 + 4
+    rows = device.put([[0, 0, 1.0, 0.5, 1.0, 1.0]])
+    *_, [(_, _, _, x)], _ = detops.yolov5_target_lists(rows, device.put([[[wide, 1.0]]]), [(1, wide)])
+    assert set(x.tolist()) == {wide - 1}
+
+
 def test_no_gradient(device):
     boxes, labels, valid = map(device.put, gts_of(1, 5))
     boxes.requires_grad_()
@@ -210,6 +295,8 @@ def test_bad_tensors(device, name, value, message):
 def test_bad_options(device):
     with pytest.raises(ValueError, match=r"image_size must be a multiple of the strides \[8, 16, 32\], got \(60, 64\)"):
         detops.assign_yolov5(**{**GOOD, "image_size": (60, 64)})
+    with pytest.raises(ValueError, match=r"^assign_yolov5: image_size must be at least 0, got \(-64, 64\)$"):
+        detops.assign_yolov5(**{**GOOD, "image_size": (-64, 64)})
     with pytest.raises(ValueError, match="^assign_yolov5: ratio_threshold must be above 1, got 1.0$"):
         detops.assign_yolov5(**GOOD, ratio_threshold=1.0)
     with pytest.raises(RuntimeError, match=r"^yolov5_target_lists: targets must have shape \[n, 6\], got \[2, 5\]$"):
@@ -222,6 +309,29 @@ def test_bad_options(device):
         detops.yolov5_target_lists(torch.zeros(2, 6).long(), GOOD["anchors"], [(8, 8)] * 3)
     with pytest.raises(RuntimeError, match=r"^yolov5_target_lists: anchors must be on the device of targets \(meta\)"):
         detops.yolov5_target_lists(torch.zeros(2, 6, device="meta"), GOOD["anchors"], [(8, 8)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("heights", "widths", "message"),
+    [
+        ([8], [8, 8, 8], r"heights and widths must have one entry per level of anchors \(3\), got 1"),
+        ([8, 8, -1], [8, 8, 8], "heights must be from 0 to 2147418112, got -1"),
+        ([8, 8, 8], [8, 2**62, 8], "widths must be from 0 to 2147418112, got 4611686018427387904"),
+    ],
+)
+def test_bad_grids_by_name(device, heights, widths, message):
+    boxes, labels, valid, anchors = (GOOD[key].to(device.torch) for key in list(GOOD)[:4])
+    with pytest.raises(RuntimeError, match=f"^assign_yolov5: {message}$"):
+        _library.ops.assign_yolov5(boxes, labels, valid, anchors, heights, widths, 4.0)
+
+
+def test_too_many_rows_by_name(device):
+    boxes, labels = torch.zeros(1, 1, 4, device=device.torch), torch.zeros(1, 1, device=device.torch).long()
+    anchors = torch.ones(1, 1, 2, device=device.torch).expand(1, 2**61, 2)
+    with pytest.raises(
+        RuntimeError, match="^assign_yolov5: gt_boxes must make at most 2147418112 rows, got 5 x 23058430"
+    ):
+        _library.ops.assign_yolov5(boxes, labels, labels == 0, anchors, [8], [8], 4.0)
 
 
 # A PyTorch citizen.

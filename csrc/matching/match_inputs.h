@@ -49,6 +49,7 @@ inline MatchInputs check_match_inputs(const char* op, const Tensor& anchors, con
   const int64_t anchor_count = anchors.size(anchors.dim() - 2), gts = gt_boxes.size(1);
   check_row_count(op, "anchors", anchor_count);
   check_row_count(op, "gt_boxes", gts);
+  check_row_count(op, "gt_boxes", images * gts);
   MatchInputs inputs{as_contiguous(anchors),
                      as_contiguous(gt_boxes),
                      check_valid(op, "gt_valid", gt_valid, "gt_boxes", gt_boxes),

@@ -9,6 +9,45 @@
 
 namespace DETOPS_NAMESPACE {
 
+// The product of these sizes, which are not negative. Neither it nor, where one size is 0, that of the others passes
+// kMostRows: so no product of it with a few numbers of the kind overflows.
+inline int64_t checked_rows(const char* op, const char* argument, std::initializer_list<int64_t> sizes) {
+  int64_t rows = 1, positive = 1;
+  std::string text;
+  for (int64_t size : sizes) {
+    text += (text.empty() ? "" : " x ") + std::to_string(size);
+    if (size == 0) {
+      rows = 0;
+    } else if (size > kMostRows / positive) {
+      positive = kMostRows + 1;
+    } else {
+      positive *= size;
+    }
+  }
+  if (positive > kMostRows) {
+    fail(op, std::string(argument) + " must make at most " + std::to_string(kMostRows) + " rows, got " + text);
+  }
+  return rows * positive;
+}
+
+// Heights or widths of grids, in cells.
+inline void check_cells(const char* op, const char* argument, const std::vector<int64_t>& cells) {
+  for (int64_t count : cells) {
+    if (count < 0 || count > kMostRows) {
+      fail(op, std::string(argument) + " must be from 0 to " + std::to_string(kMostRows) + ", got " +
+                   std::to_string(count));
+    }
+  }
+}
+
+// The cell of an axis, of `count` > 0, that holds a position; at the border where that lies outside, the first for NaN.
+// Clamped as an integer too: as a float32 the last of more than 2^24 cells may round up.
+template <class T>
+DETOPS_HD int64_t cell_at(T position, int64_t count) {
+  const int64_t cell = static_cast<int64_t>(min_of(static_cast<T>(count - 1), max_of(position, T(0))));
+  return min_of(cell, count - 1);
+}
+
 // gt_boxes [B, M, 4], gt_labels [B, M] and gt_valid [B, M] of the B images of `reference`.
 inline void check_ground_truth(const char* op, const Tensor& gt_boxes, const Tensor& gt_labels, const Tensor& gt_valid,
                                const char* reference, const Tensor& of_reference) {
@@ -55,6 +94,9 @@ inline ScalarType compute_dtype(std::initializer_list<const Tensor*> tensors) {
   return ScalarType::Float;
 }
 
+// For assigners that know no number of classes: any label of at least 0 is one.
+constexpr int64_t kAnyClass = INT64_MAX;
+
 // Ground truth as kernels see it: dense, boxes in the compute type.
 template <class T>
 struct GroundTruthView {
@@ -66,7 +108,9 @@ struct GroundTruthView {
 
   // True if the row takes part. A label that is no class cannot raise on a GPU without a synchronisation; there it
   // counts as not valid.
-  DETOPS_HD bool usable(int64_t row) const { return valid[row] && labels[row] >= 0 && labels[row] < classes; }
+  DETOPS_HD bool usable(int64_t row) const {
+    return valid[row] & (labels[row] >= 0) & (labels[row] < classes);  // no branch, for vector loops
+  }
 };
 
 template <class T>
@@ -80,8 +124,8 @@ template <class T>
 void check_labels(const char* op, const GroundTruthView<T>& gts, int64_t images) {
   for (int64_t row = 0; row < images * gts.count; ++row) {
     if (gts.valid[row] && !gts.usable(row)) {
-      fail(op, "gt_labels must be from 0 to " + std::to_string(gts.classes - 1) + " where gt_valid, got " +
-                   std::to_string(gts.labels[row]));
+      const std::string rule = gts.classes == kAnyClass ? "at least 0" : "from 0 to " + std::to_string(gts.classes - 1);
+      fail(op, "gt_labels must be " + rule + " where gt_valid, got " + std::to_string(gts.labels[row]));
     }
   }
 }

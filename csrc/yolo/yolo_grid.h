@@ -15,6 +15,7 @@
 
 #include <cmath>
 
+#include "common/counted.h"
 #include "yolo/ground_truth.h"
 
 namespace DETOPS_NAMESPACE {
@@ -67,9 +68,16 @@ DETOPS_HD double shape_iou(double width1, double height1, double width2, double 
   return iou == iou ? iou : -1.0;
 }
 
+// The targets of a cell: 5 + C numbers for each of A anchors. A label that is used is a class, below C.
+template <class T>
+DETOPS_HD Counted<T> targets_of(const YoloGridView<T>& view, T* targets, int64_t image, int64_t cell) {
+  const int64_t count = view.anchor_count * view.stride();
+  return {"assign_yolo_grid", "targets of a cell", targets + (image * view.cells() + cell) * count, count};
+}
+
 // Gives a gt its place among the targets of its cell, which are zero where they are free.
 template <class T>
-DETOPS_HD void take_place(const YoloGridView<T>& view, int64_t row, T* targets) {
+DETOPS_HD void take_place(const YoloGridView<T>& view, int64_t row, const Counted<T>& targets) {
   const Box<double> box = load_box<double>(view.gts.boxes + 4 * row);
   const double width = box.x2 - box.x1, height = box.y2 - box.y1;
   int64_t chosen = -1;
@@ -90,7 +98,7 @@ DETOPS_HD void take_place(const YoloGridView<T>& view, int64_t row, T* targets) 
     unit_height = anchor_height;
   }
   if (chosen < 0) return;
-  T* const target = targets + chosen * view.stride();
+  const Counted<T> target = targets.part(chosen * view.stride(), view.stride());
   target[0] = T(1);
   target[1] = rounded_within<T>(grid_place(box.x1, box.x2, view.width, view.columns).within);
   target[2] = rounded_within<T>(grid_place(box.y1, box.y2, view.height, view.rows).within);

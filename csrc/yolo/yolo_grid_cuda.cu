@@ -13,7 +13,7 @@ __global__ void yolo_grid_kernel(YoloGridView<T> view, int blocks_per_image, T* 
   DETOPS_SHARED(int, cells, kThreads);  // of the gts that are looked at together
   const int64_t image = blockIdx.x / blocks_per_image;
   const int64_t cell = int64_t(blockIdx.x % blocks_per_image) * kThreads + threadIdx.x;
-  T* const own = targets + (image * view.cells() + cell) * view.anchor_count * view.stride();
+  const Counted<T> own = cell < view.cells() ? targets_of(view, targets, image, cell) : Counted<T>();
   for (int64_t first = 0; first < view.gts.count; first += kThreads) {
     const int count = static_cast<int>(min_of<int64_t>(kThreads, view.gts.count - first));
     if (threadIdx.x < count) {

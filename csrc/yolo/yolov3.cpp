@@ -67,15 +67,14 @@ template <class T>
 void assign_yolov3_cpu(const Yolov3Inputs& inputs, const Yolov3Outputs& out) {
   const Yolov3Grid& grid = inputs.grid;
   const T* const sizes = inputs.anchors.const_data_ptr<T>();
-  const T* const gt_boxes = inputs.gt_boxes.const_data_ptr<T>();
-  const auto* const valid = static_cast<const bool*>(inputs.gt_valid.const_data_ptr());
-  const int64_t* const gt_labels = inputs.gt_labels.const_data_ptr<int64_t>();
+  const GroundTruthView<T> ground_truth = inputs.ground_truth<T>();
   int64_t* const indices = out.gt_indices.mutable_data_ptr<int64_t>();
   int64_t* const labels = out.labels.mutable_data_ptr<int64_t>();
   auto* const boxes = static_cast<char*>(out.boxes.mutable_data_ptr());
   const auto* const boxes_in = static_cast<const char*>(inputs.gt_boxes_out.const_data_ptr());
   const auto box_bytes = static_cast<int64_t>(4 * inputs.gt_boxes_out.element_size());
-  const int64_t images = inputs.gt_boxes.size(0), count = inputs.gt_boxes.size(1);
+  const int64_t images = inputs.gt_boxes.size(0), count = ground_truth.count;
+  check_labels("assign_yolov3", ground_truth, images);
   const AnchorColumns<T> columns(grid, sizes);
   parallel_items(images, [&](const auto& next) {
     for (int64_t image = next(); image >= 0; image = next()) {
@@ -83,10 +82,11 @@ void assign_yolov3_cpu(const Yolov3Inputs& inputs, const Yolov3Outputs& out) {
       std::vector<int64_t> responsible;
       for (int64_t gt = 0; gt < count; ++gt) {
         const int64_t row = image * count + gt;
-        if (!valid[row]) continue;
-        gts.boxes.push_back(iou_box<IouKind::kIou>(load_box<T>(gt_boxes + 4 * row)));
+        if (!ground_truth.usable(row)) continue;
+        gts.boxes.push_back(iou_box<IouKind::kIou>(load_box<T>(ground_truth.boxes + 4 * row)));
         gts.numbers.push_back(static_cast<int32_t>(gt));
         for (int level = 0; level < grid.levels; ++level) {
+          if (!grid.has_cells(level)) continue;
           for (int64_t anchor = 0; anchor < grid.anchors_per_cell; ++anchor) {
             responsible.push_back(grid.responsible(gts.boxes.back().box, level, anchor));
           }
@@ -123,7 +123,7 @@ void assign_yolov3_cpu(const Yolov3Inputs& inputs, const Yolov3Outputs& out) {
             const int32_t gt = choice.result(is_responsible, inputs.iou_threshold);
             const int64_t to = image * grid.count + i, row = image * count + gt;
             indices[to] = gt;
-            labels[to] = gt >= 0 ? gt_labels[row] : gt;
+            labels[to] = gt >= 0 ? ground_truth.labels[row] : gt;
             if (gt >= 0) {
               std::memcpy(boxes + to * box_bytes, boxes_in + row * box_bytes, box_bytes);
             } else {
@@ -149,6 +149,8 @@ Yolov3Grid checked_grid(const char* op, const Tensor& anchors, const std::vector
     fail(op, "strides must have one entry per level of anchors (" + std::to_string(levels) + "), got " +
                  std::to_string(strides.size()));
   }
+  check_cells(op, "heights", heights);
+  check_cells(op, "widths", widths);
   Yolov3Grid grid{};
   grid.levels = static_cast<int>(levels);
   grid.anchors_per_cell = anchors.size(1);
@@ -157,7 +159,7 @@ Yolov3Grid checked_grid(const char* op, const Tensor& anchors, const std::vector
     grid.width[level] = widths[level];
     grid.stride[level] = strides[level];
     grid.first[level] = grid.count;
-    grid.count += grid.anchors_per_cell * heights[level] * widths[level];
+    grid.count += checked_rows(op, "anchors", {grid.anchors_per_cell, heights[level], widths[level]});
   }
   return grid;
 }
@@ -172,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> assign_yolov3(const Tensor& gt_boxes, const T
   const Yolov3Grid grid = checked_grid(op, anchors, heights, widths, strides);
   check_same_device(op, "anchors", anchors, "gt_boxes", gt_boxes);
   const int64_t images = gt_boxes.size(0);
-  check_row_count(op, "anchors", images * grid.count);
+  checked_rows(op, "anchors", {images, grid.count});
   const ScalarType dtype = compute_dtype({&gt_boxes});
   const Yolov3Inputs inputs{as_dense(gt_boxes, dtype),
                             as_contiguous(gt_labels),

@@ -47,17 +47,13 @@ struct Yolov3Grid {
   // An anchor that the gt makes responsible.
   template <class T>
   DETOPS_HD int64_t responsible(const Box<T>& gt, int level, int64_t anchor) const {
-    const int64_t x = cell((gt.x1 + gt.x2) / 2, stride[level], width[level]);
-    const int64_t y = cell((gt.y1 + gt.y2) / 2, stride[level], height[level]);
+    const T step = static_cast<T>(stride[level]);
+    const int64_t x = cell_at((gt.x1 + gt.x2) / 2 / step, width[level]);
+    const int64_t y = cell_at((gt.y1 + gt.y2) / 2 / step, height[level]);
     return first[level] + (anchor * height[level] + y) * width[level] + x;
   }
-
- private:
-  template <class T>
-  DETOPS_HD static int64_t cell(T position, int64_t stride, int64_t size) {
-    const T place = position / static_cast<T>(stride);
-    return static_cast<int64_t>(min_of(static_cast<T>(size - 1), max_of(place, T(0))));  // NaN becomes 0
-  }
+  // An empty level has no cell that could be responsible.
+  DETOPS_HD bool has_cells(int level) const { return height[level] > 0 && width[level] > 0; }
 };
 
 template <class T>
@@ -91,6 +87,11 @@ struct Yolov3Inputs {
   Tensor gt_boxes_out;                            // in their own dtype
   Yolov3Grid grid;
   double iou_threshold;
+
+  template <class T>
+  GroundTruthView<T> ground_truth() const {
+    return ground_truth_view<T>(gt_boxes, gt_labels, gt_valid, kAnyClass);
+  }
 };
 
 struct Yolov3Outputs {

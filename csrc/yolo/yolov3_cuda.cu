@@ -1,5 +1,6 @@
 // assign_yolov3 on a GPU: marks the responsible anchors, finds each gt's best among them (one block per gt), and then
 // decides for each anchor (one thread, with the gts in shared memory).
+#include "common/counted.h"
 #include "common/launch_cuda.cuh"
 #include "yolo/targets_cuda.cuh"
 #include "yolo/yolov3.h"
@@ -13,33 +14,35 @@ constexpr int kTile = 64;        // gts that a block looks at together
 
 template <class T>
 struct Yolov3View {
-  const T *boxes, *anchors;
-  const int64_t* labels;
-  const bool* valid;
+  GroundTruthView<T> ground_truth;
+  const T* anchors;
   int64_t images, gts;
-  int64_t words;   // of bits, for the anchors of an image
-  unsigned* bits;  // [B, words]: responsible anchors, zeroed
-  T* best;         // [B, M]
+  int64_t words;  // of bits, for the anchors of an image: a responsible one is below N, as its cell is in its map
+  Counted<unsigned> bits;  // [B, words]: responsible anchors, zeroed
+  T* best;                 // [B, M]
 };
 
 template <class T>
 __global__ void yolov3_mark_kernel(Yolov3View<T> view, Yolov3Grid grid) {
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t per_gt = grid.levels * grid.anchors_per_cell;
-  if (i >= view.images * view.gts * per_gt || !view.valid[i / per_gt]) return;
+  if (i >= view.images * view.gts * per_gt || !view.ground_truth.usable(i / per_gt)) return;
   const int64_t row = i / per_gt;
   const auto level = static_cast<int>(i % per_gt / grid.anchors_per_cell);
-  const int64_t anchor = grid.responsible(load_box<T>(view.boxes + 4 * row), level, i % grid.anchors_per_cell);
-  atomicOr(view.bits + row / view.gts * view.words + anchor / 32, 1u << anchor % 32);
+  if (!grid.has_cells(level)) return;
+  const Box<T> gt = load_box<T>(view.ground_truth.boxes + 4 * row);
+  const int64_t anchor = grid.responsible(gt, level, i % grid.anchors_per_cell);
+  const Counted<unsigned> of_image = view.bits.part(row / view.gts * view.words, view.words);
+  atomicOr(&of_image[anchor / 32], 1u << anchor % 32);
 }
 
 template <class T>
 __global__ void yolov3_best_kernel(Yolov3View<T> view, Yolov3Grid grid) {
   DETOPS_SHARED(T, best_of_warps, kGtThreads / kWarpSize);
   const int64_t row = blockIdx.x;
-  if (!view.valid[row]) return;
-  const IouBox<T> gt = iou_box<IouKind::kIou>(load_box<T>(view.boxes + 4 * row));
-  const unsigned* const bits = view.bits + row / view.gts * view.words;
+  if (!view.ground_truth.usable(row)) return;
+  const IouBox<T> gt = iou_box<IouKind::kIou>(load_box<T>(view.ground_truth.boxes + 4 * row));
+  const unsigned* const bits = view.bits.data() + row / view.gts * view.words;
   T best = 0;
   for (int64_t word = threadIdx.x; word < view.words; word += kGtThreads) {
     for (unsigned rest = bits[word]; rest != 0; rest &= rest - 1) {
@@ -74,8 +77,8 @@ __global__ void yolov3_assign_kernel(Yolov3View<T> view, Yolov3Grid grid, double
     const int count = static_cast<int>(min_of<int64_t>(kTile, view.gts - first));
     if (threadIdx.x < count) {
       const int64_t row = image * view.gts + first + threadIdx.x;
-      gts[threadIdx.x] = iou_box<IouKind::kIou>(load_box<T>(view.boxes + 4 * row));
-      best[threadIdx.x] = view.valid[row] ? view.best[row] : T(-1);
+      gts[threadIdx.x] = iou_box<IouKind::kIou>(load_box<T>(view.ground_truth.boxes + 4 * row));
+      best[threadIdx.x] = view.ground_truth.usable(row) ? view.best[row] : T(-1);
     }
     __syncthreads();
     for (int j = 0; j < count; ++j) {
@@ -88,7 +91,7 @@ __global__ void yolov3_assign_kernel(Yolov3View<T> view, Yolov3Grid grid, double
   const int32_t gt = choice.result(responsible, iou_threshold);
   const int64_t to = image * grid.count + anchor, row = image * view.gts + gt;
   indices[to] = gt;
-  labels[to] = gt >= 0 ? view.labels[row] : gt;
+  labels[to] = gt >= 0 ? view.ground_truth.labels[row] : gt;
   copy_box(gt_boxes, gt >= 0 ? row : -1, element_bytes, boxes, to);
 }
 
@@ -103,18 +106,13 @@ void launch_all(const Yolov3Inputs& inputs, const Yolov3Outputs& out) {
   const int64_t bytes = images * words * int64_t(sizeof(unsigned));
   const Tensor bits = allocate(op, {bytes}, ScalarType::Byte, inputs.gt_boxes);
   const Tensor best = allocate(op, {images * gts}, inputs.gt_boxes.scalar_type(), inputs.gt_boxes);
-  const Yolov3View<T> view{inputs.gt_boxes.const_data_ptr<T>(),
-                           inputs.anchors.const_data_ptr<T>(),
-                           inputs.gt_labels.const_data_ptr<int64_t>(),
-                           static_cast<const bool*>(inputs.gt_valid.const_data_ptr()),
-                           images,
-                           gts,
-                           words,
-                           static_cast<unsigned*>(bits.mutable_data_ptr()),
-                           best.mutable_data_ptr<T>()};
+  const Counted<unsigned> counted_bits(op, "bits", static_cast<unsigned*>(bits.mutable_data_ptr()), images * words);
+  const Yolov3View<T> view{
+      inputs.ground_truth<T>(),  inputs.anchors.const_data_ptr<T>(), images, gts, words, counted_bits,
+      best.mutable_data_ptr<T>()};
   check_cuda(cudaMemsetAsync(bits.mutable_data_ptr(), 0, bytes, stream), op);
   if (gts > 0) {
-    const int64_t marks = images * gts * grid.levels * grid.anchors_per_cell;
+    const int64_t marks = checked_rows(op, "gt_boxes", {images * gts, grid.levels, grid.anchors_per_cell});
     DETOPS_LAUNCH((yolov3_mark_kernel<T>), blocks_for(op, "gt_boxes", marks, kThreads), kThreads, 0, stream, view,
                   grid);
     DETOPS_LAUNCH((yolov3_best_kernel<T>), static_cast<unsigned>(images * gts), kGtThreads, 0, stream, view, grid);

@@ -23,6 +23,7 @@ DETOPS_CLONES void choose_cells(const Yolov5View<T>& view, const Yolov5Level<T>&
 template <class T>
 void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   const Yolov5View<T> view = inputs.view<T>();
+  check_labels("assign_yolov5", view.ground_truth, inputs.boxes.size(0));
   const int64_t levels = inputs.anchors.size(0), anchors = view.anchor_count, pairs = levels * anchors;
   int64_t* const counts = out.counts.mutable_data_ptr<int64_t>();
   std::vector<uint8_t> cells(pairs * view.gts);
@@ -57,28 +58,26 @@ void assign_yolov5_cpu(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
     counts[number] = place;
   }
   for_pairs([&](int64_t pair) {
-    const int64_t number = pair / anchors, anchor = pair % anchors, first = number * view.capacity;
+    const int64_t number = pair / anchors, anchor = pair % anchors;
     const Yolov5Level<T> level = inputs.level<T>(number);
-    const Yolov5Rows to{out.indices.mutable_data_ptr<int64_t>() + 4 * first,
-                        out.gt_indices.mutable_data_ptr<int64_t>() + first,
-                        out.labels.mutable_data_ptr<int64_t>() + first};
-    T* const boxes = out.boxes.mutable_data_ptr<T>() + 4 * first;
+    const Yolov5Rows<T> to = out.level<T>(number, view.capacity);
     const uint8_t* const of_pair = cells.data() + pair * view.gts;
     std::array<int64_t, kYolov5Cells> place = places[pair];
-    for (int64_t row = 0; row < view.gts; ++row) {
-      if (of_pair[row] == 0) continue;
-      for (int cell = 0; cell < kYolov5Cells; ++cell) {
-        if (of_pair[row] >> cell & 1) write_row(view, level, cell, anchor, row, place[cell]++, to, boxes);
+    for (int64_t image = 0, row = 0; row < view.gts; ++image) {
+      for (int64_t gt = 0; gt < view.ground_truth.count; ++gt, ++row) {
+        for (int cell = 0; of_pair[row] >> cell != 0; ++cell) {
+          if (of_pair[row] >> cell & 1) write_row(view, level, cell, anchor, image, gt, place[cell]++, to);
+        }
       }
     }
     // Its share of the unused rows.
     const int64_t unused = view.capacity - counts[number];
     const int64_t begin = counts[number] + unused * anchor / anchors;
     const int64_t end = counts[number] + unused * (anchor + 1) / anchors;
-    std::fill(to.indices + 4 * begin, to.indices + 4 * end, -1);
-    std::fill(to.gt_indices + begin, to.gt_indices + end, -1);
-    std::fill(to.labels + begin, to.labels + end, -1);
-    std::fill(boxes + 4 * begin, boxes + 4 * end, T(0));
+    std::fill(to.indices.data() + 4 * begin, to.indices.data() + 4 * end, -1);
+    std::fill(to.gt_indices.data() + begin, to.gt_indices.data() + end, -1);
+    std::fill(to.labels.data() + begin, to.labels.data() + end, -1);
+    std::fill(to.boxes.data() + 4 * begin, to.boxes.data() + 4 * end, T(0));
   });
 }
 
@@ -97,12 +96,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_yolov5(const Tensor& g
     fail(op, "heights and widths must have one entry per level of anchors (" + std::to_string(levels) + "), got " +
                  std::to_string(heights.size()));
   }
+  check_cells(op, "heights", heights);
+  check_cells(op, "widths", widths);
+  const int64_t capacity = checked_rows(op, "gt_boxes", {kYolov5Cells, anchors.size(1), gt_labels.numel()});
+  checked_rows(op, "gt_boxes", {levels, kYolov5Cells, anchors.size(1), gt_labels.numel()});
   const ScalarType dtype = compute_dtype({&gt_boxes});
   const Yolov5Inputs inputs{
       as_dense(gt_boxes, dtype), as_contiguous(gt_labels), as_contiguous(gt_valid), as_dense(anchors, dtype),
       std::move(heights),        std::move(widths),        ratio_threshold};
-  const int64_t capacity = kMostYolov5Cells * anchors.size(1) * gt_labels.numel();
-  check_row_count(op, "gt_boxes", capacity * max_of<int64_t>(levels, 1));
   const auto make = [&](std::initializer_list<int64_t> sizes, ScalarType type) {
     return allocate(op, sizes, type, gt_boxes);
   };

@@ -31,7 +31,7 @@ __global__ void yolov5_count_kernel(Yolov5View<T> view, Yolov5Level<T> level, in
 
 template <class T>
 __global__ void yolov5_write_kernel(Yolov5View<T> view, Yolov5Level<T> level, int64_t number, int64_t chunks_per_pair,
-                                    const int* counts, Yolov5Rows out, T* boxes, int64_t* total) {
+                                    const int* counts, Yolov5Rows<T> out, int64_t* total) {
   DETOPS_SHARED(int, before, kThreads);  // rows of earlier chunks, by thread
   DETOPS_SHARED(int, of_warps, kWarps);  // rows of this chunk, by warp
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
@@ -51,7 +51,8 @@ __global__ void yolov5_write_kernel(Yolov5View<T> view, Yolov5Level<T> level, in
   if (!takes) return;
   for (int i = 0; i < warp; ++i) place += of_warps[i];
   place += __popc(vote & ((1u << lane) - 1));
-  write_row(view, level, chunk.cell, chunk.anchor, chunk.row, place, out, boxes);
+  const int64_t gts = view.ground_truth.count;
+  write_row(view, level, chunk.cell, chunk.anchor, chunk.row / gts, chunk.row % gts, place, out);
 }
 
 template <class T>
@@ -62,7 +63,8 @@ void launch_all(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   const Yolov5View<T> view = inputs.view<T>();
   const int64_t levels = inputs.anchors.size(0);
   const auto set = [&](const Tensor& tensor, int value) {
-    check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), value, tensor.numel() * tensor.element_size(), stream), op);
+    const size_t bytes = tensor.numel() * tensor.element_size();
+    if (bytes > 0) check_cuda(cudaMemsetAsync(tensor.mutable_data_ptr(), value, bytes, stream), op);
   };
   set(out.indices, 0xff);
   set(out.gt_indices, 0xff);
@@ -76,14 +78,10 @@ void launch_all(const Yolov5Inputs& inputs, const Yolov5Outputs& out) {
   int* const chunk_counts = counts.mutable_data_ptr<int>();
   const auto blocks = static_cast<unsigned>(chunks);
   for (int64_t number = 0; number < levels; ++number) {
-    const int64_t first = number * view.capacity;
-    const Yolov5Rows to{out.indices.mutable_data_ptr<int64_t>() + 4 * first,
-                        out.gt_indices.mutable_data_ptr<int64_t>() + first,
-                        out.labels.mutable_data_ptr<int64_t>() + first};
     DETOPS_LAUNCH((yolov5_count_kernel<T>), blocks, kThreads, 0, stream, view, inputs.level<T>(number), number,
                   chunks_per_pair, chunk_counts);
     DETOPS_LAUNCH((yolov5_write_kernel<T>), blocks, kThreads, 0, stream, view, inputs.level<T>(number), number,
-                  chunks_per_pair, chunk_counts, to, out.boxes.mutable_data_ptr<T>() + 4 * first,
+                  chunks_per_pair, chunk_counts, out.level<T>(number, view.capacity),
                   out.counts.mutable_data_ptr<int64_t>() + number);
   }
 }

@@ -53,10 +53,13 @@ def are_responsible(gts, anchors_per_cell, strides, image_size):
         for gt in gts:
             with np.errstate(all="ignore"):
                 x, y = (gt[0] + gt[2]) / 2 / gts.dtype.type(stride), (gt[1] + gt[3]) / 2 / gts.dtype.type(stride)
-            cells[cell(y, cells.shape[0]), cell(x, cells.shape[1])] = True
+            if cells.size:
+                cells[cell(y, cells.shape[0]), cell(x, cells.shape[1])] = True
         maps.append(np.tile(cells.ravel(), anchors_per_cell))
     return np.concatenate(maps)
 
 
 def cell(place, count):
-    return 0 if np.isnan(place) else int(np.clip(place, 0, count - 1))
+    if np.isnan(place) or np.isinf(place):
+        return count - 1 if place > 0 else 0
+    return min(max(int(place), 0), count - 1)

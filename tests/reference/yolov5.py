@@ -19,13 +19,16 @@ def assign_yolov5(gt_boxes, gt_labels, gt_valid, anchors, grid_sizes, ratio_thre
                     with np.errstate(all="ignore"):
                         box = gt_boxes[image, gt] * np.array([width, height, width, height], dtype)
                         ratio = box[2:] / sides.astype(dtype)
-                        matches = np.maximum(ratio, 1 / ratio).max() < dtype(ratio_threshold)
+                        matches = np.isfinite(box).all() and (box[2:] > 0).all() and (sides > 0).all()
+                        matches = matches and np.maximum(ratio, 1 / ratio).max() < dtype(ratio_threshold)
                     if not matches or not takes(number, box, width, height, dtype):
                         continue
-                    cell = np.trunc(box[:2] - np.array(offset, dtype))
-                    cell = np.clip(np.nan_to_num(cell, nan=0.0), 0, [width - 1, height - 1]).astype(np.int64)
-                    target = np.concatenate([box[:2] - cell.astype(dtype), box[2:]])
-                    rows.append((gt_labels[image, gt], target, (image, anchor, cell[1], cell[0]), gt))
+                    places = box[:2] - np.array(offset, dtype)
+                    x, y = (
+                        min(max(int(place), 0), size - 1) for place, size in zip(places, (width, height), strict=True)
+                    )
+                    target = np.concatenate([box[:2] - np.array([x, y], dtype), box[2:]])
+                    rows.append((gt_labels[image, gt], target, (image, anchor, y, x), gt))
         levels.append(rows)
     return levels
 
