@@ -148,6 +148,21 @@ def test_drawn_boxes(device):
     check_drawn()
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_flushed_subnormal_numbers(device):
+    # Distances whose squares are subnormal decide as ever: torch flushes such numbers on the calling thread alone.
+    x = 1e-20 * np.arange(1, 65)
+    anchors = device.put(np.stack([-x, -x, 3 * x, 3 * x], 1)[::-1].copy())
+    boxes = device.put(np.tile([[-1.0, -1, 1, 1]], (64, 1))[None])
+    expected = detops.assign_atss(anchors, [64], boxes, topk=3)
+    torch.set_flush_denormal(True)
+    try:
+        found = detops.assign_atss(anchors, [64], boxes, topk=3)
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(map(torch.equal, found, expected))
+
+
 A, G = torch.zeros(9, 4), torch.zeros(2, 3, 4)
 
 
@@ -155,6 +170,8 @@ A, G = torch.zeros(9, 4), torch.zeros(2, 3, 4)
     ("anchors", "sizes", "gt_boxes", "topk", "message"),
     [
         (A, [4, 4], G, 9, r"level_sizes must be at least 0 and add up to the number of anchors \(9\), got a sum of 8"),
+        # The sum, wrapped around 2^64, is 9.
+        (A, [1, 2**63 - 1, 2**63 - 1, 10], G, 9, "level_sizes must be at least 0 and add up .* 9223372036854775807"),
         (A, [4, 6], G, 9, r"level_sizes must be at least 0 and add up .* \(9\), got a sum of 10"),
         (A, [10, -1], G, 9, r"level_sizes must be at least 0 and add up .* \(9\), got a sum of 10"),
         (A, [-1, 10], G, 9, r"level_sizes must be at least 0 and add up .* \(9\), got a sum of -1"),

@@ -27,6 +27,20 @@ def matrix(rows, columns, seed=0):
     return np.random.default_rng(seed).integers(0, 21, (rows, columns)) / 20
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_flushed_subnormal_numbers(device):
+    # torch flushes them on the calling thread alone: as few columns as one thread takes, and many.
+    for columns in (3, 100_000):
+        quality = device.put(np.random.default_rng(0).integers(0, 5, (4, columns)) * 1e-40)
+        torch.set_flush_denormal(True)
+        try:
+            found = detops.Matcher(0.5, 0.3, True)(quality)
+        finally:
+            torch.set_flush_denormal(False)
+        expected = reference.Matcher(to_numpy(quality), 0.5, 0.3, True)
+        np.testing.assert_array_equal(to_numpy(found), expected)
+
+
 @pytest.mark.parametrize("rows", [0, 1, 2, 33])
 @pytest.mark.parametrize("columns", [0, 1, 31, 32, 33, 255, 257, 1100])
 def test_sizes(device, rows, columns):

@@ -514,3 +514,24 @@ def test_complex_boxes_are_refused(argument):
         del boxes["ignore_boxes"]
         with pytest.raises(RuntimeError, match=f"^assign_atss: {argument} must be real, got complex64$"):
             detops.assign_atss(**boxes, level_sizes=[2])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+@pytest.mark.parametrize("setting", ["first_of_ties", "first_of_ties_this_gt", "retinanet"])
+def test_flushed_subnormal_numbers(device, setting):
+    # IoUs of 4e-42 to 3e-41, computed by several threads: torch flushes such numbers on the calling thread alone.
+    sides = 2e-19 * np.array([[1.0 + i % 7, 1] for i in range(20_000)])
+    anchors = device.put(np.concatenate([np.zeros_like(sides), sides], 1))
+    gts = device.put([[[0.0, 0, 100, 100], [-50, -50, 50, 50], [0, 0, 1e-19, 1e-19]]])
+    torch.set_flush_denormal(True)
+    try:
+        high, low, options = SETTINGS[setting]
+        found = detops.match_max_iou(anchors, gts, high_threshold=high, low_threshold=low, **options)
+        forced = detops.match_ssd(anchors, gts)
+    finally:
+        torch.set_flush_denormal(False)
+    indices, ious = expected_of(anchors, gts, None, high, low, options)
+    np.testing.assert_array_equal(to_numpy(found.ious), ious)
+    np.testing.assert_array_equal(to_numpy(found.indices), indices)
+    expected = detops.match_ssd(anchors, gts)
+    assert torch.equal(forced.indices, expected.indices) and forced.indices[0, 6] == 1

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <exception>
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 #include <torch/csrc/stable/ops.h>
 
 #include "common/host_device.h"
@@ -20,6 +24,39 @@
 #endif
 
 namespace DETOPS_NAMESPACE {
+
+// While one lives its thread computes with subnormal numbers, whatever torch.set_flush_denormal says: that speaks to
+// the calling thread alone, and a decision must not depend on which thread makes it.
+class WithSubnormals {
+ public:
+#if defined(__SSE__)
+  WithSubnormals() : before_(_mm_getcsr()) {
+    if (before_ & kFlush) _mm_setcsr(before_ & ~kFlush);
+  }
+  ~WithSubnormals() {
+    if (before_ & kFlush) _mm_setcsr(before_);
+  }
+
+ private:
+  static constexpr unsigned kFlush = 0x8040;  // results to zero, operands as zero
+  const unsigned before_;
+#elif defined(__aarch64__)
+  WithSubnormals() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    if (before_ & kFlush) asm volatile("msr fpcr, %0" ::"r"(before_ & ~kFlush));
+  }
+  ~WithSubnormals() {
+    if (before_ & kFlush) asm volatile("msr fpcr, %0" ::"r"(before_));
+  }
+
+ private:
+  static constexpr uint64_t kFlush = uint64_t(1) << 24;
+  uint64_t before_;
+#endif
+ public:
+  WithSubnormals(const WithSubnormals&) = delete;
+  WithSubnormals& operator=(const WithSubnormals&) = delete;
+};
 
 // The first exception of several threads.
 class FirstException {
@@ -42,15 +79,21 @@ class FirstException {
   std::exception_ptr exception_;
 };
 
-// Calls body(begin, end) for consecutive ranges of at least `grain` items, on torch's threads. What `body` throws, as
-// where memory runs out, goes to the caller when all have ended: torch's loop would lose the type and the text.
+// Calls body(begin, end) for consecutive ranges of at least `grain` items, on torch's threads, with subnormals. What
+// `body` throws, as where memory runs out, goes to the caller when all have ended: torch's loop would lose the type and
+// the text.
 template <class Body>
 void parallel_ranges(int64_t count, int64_t grain, const Body& body) {
   if (count <= 0) return;
-  if (count <= grain) return body(int64_t(0), count);
+  if (count <= grain) {
+    const WithSubnormals scope;
+    return body(int64_t(0), count);
+  }
   FirstException exception;
-  torch::stable::parallel_for(0, count, grain,
-                              [&](int64_t begin, int64_t end) { exception.run([&] { body(begin, end); }); });
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    const WithSubnormals scope;
+    exception.run([&] { body(begin, end); });
+  });
   exception.rethrow();
 }
 

@@ -5,6 +5,7 @@
 #include <memory>
 #include <vector>
 
+#include "common/counted.h"
 #include "common/parallel_cpu.h"
 
 namespace DETOPS_NAMESPACE {
@@ -51,7 +52,8 @@ DETOPS_CLONES void least_distances(const Box<T>* around, int64_t count, const Po
   for (int64_t i = 0; i < count; ++i) distances[i] = least_distance(point, around[i]);
 }
 
-// The nearest candidates of a point among the anchors of a level, nearest first.
+// The nearest candidates of a point among the anchors of a level, nearest first. There are `wanted` <= `count`: every
+// anchor is nearer than a free place, NaN ones by their index, and while a place is free no block is passed over.
 template <class T>
 class NearestSearch {
  public:
@@ -91,8 +93,8 @@ class NearestSearch {
 
 // The candidates of a box, -1 for those that are no positives, and their IoUs.
 template <class T>
-void find_positives(NearestSearch<T>& search, const T* anchors, const Box<T>& gt, const AtssLevels& levels,
-                    int* candidates, T* ious) {
+void find_positives(NearestSearch<T>& search, const Counted<const T>& anchors, const Box<T>& gt,
+                    const AtssLevels& levels, int* candidates, T* ious) {
   int64_t first = 0, first_block = 0;
   int* of_level = candidates;
   for (int level = 0; level < levels.count; ++level) {
@@ -102,12 +104,12 @@ void find_positives(NearestSearch<T>& search, const T* anchors, const Box<T>& gt
     first_block += ceil_div(levels.sizes[level], kBlock);
   }
   for (int i = 0; i < levels.all_candidates; ++i) {
-    const Box<T> anchor = load_box<T>(anchors + 4 * int64_t(candidates[i]));
+    const Box<T> anchor = load_box<T>(anchors.part(4 * int64_t(candidates[i]), 4).data());
     ious[i] = match_iou(anchor, box_area(anchor), gt, box_area(gt));
   }
   const T threshold = atss_threshold(ious, levels.all_candidates);
   for (int i = 0; i < levels.all_candidates; ++i) {
-    const Point<T> centre = centre_of(load_box<T>(anchors + 4 * int64_t(candidates[i])));
+    const Point<T> centre = centre_of(load_box<T>(anchors.part(4 * int64_t(candidates[i]), 4).data()));
     if (!is_atss_positive(ious[i], threshold, centre, gt)) candidates[i] = -1;
   }
 }
@@ -118,6 +120,7 @@ void assign_atss_cpu(const MatchInputs& inputs, const AtssLevels& levels, int64_
   const T* const gt_boxes = inputs.gt_boxes.const_data_ptr<T>();
   const bool* const valid = bool_data(inputs.gt_valid);
   const int64_t boxes = inputs.images * inputs.gts;
+  const WithSubnormals scope;
   std::vector<Centres<T>> centres;
   for (int64_t image = 0; image < (inputs.anchor_stride == 0 ? 1 : inputs.images); ++image) {
     centres.emplace_back(anchors + image * inputs.anchor_stride, levels);
@@ -129,17 +132,20 @@ void assign_atss_cpu(const MatchInputs& inputs, const AtssLevels& levels, int64_
       if (valid != nullptr && !valid[box]) continue;
       const int64_t image = box / inputs.gts;
       NearestSearch<T> search(centres[inputs.anchor_stride == 0 ? 0 : image]);
-      find_positives(search, anchors + image * inputs.anchor_stride, load_box<T>(gt_boxes + 4 * box), levels,
+      const Counted<const T> of_image("assign_atss", "anchors of an image", anchors + image * inputs.anchor_stride,
+                                      4 * inputs.anchor_count);
+      find_positives(search, of_image, load_box<T>(gt_boxes + 4 * box), levels,
                      candidates.get() + box * levels.all_candidates,
                      candidate_ious.get() + box * levels.all_candidates);
     }
   });
   parallel_ranges(inputs.images, 1, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin; image < end; ++image) {
-      int64_t* const own_indices = indices + image * inputs.anchor_count;
-      T* const own_ious = ious + image * inputs.anchor_count;
-      std::fill(own_indices, own_indices + inputs.anchor_count, int64_t(-1));
-      std::fill(own_ious, own_ious + inputs.anchor_count, T(0));
+      const int64_t count = inputs.anchor_count;
+      const Counted<int64_t> own_indices("assign_atss", "indices of an image", indices + image * count, count);
+      const Counted<T> own_ious("assign_atss", "ious of an image", ious + image * count, count);
+      std::fill_n(own_indices.data(), count, int64_t(-1));
+      std::fill_n(own_ious.data(), count, T(0));
       for (int64_t gt = 0; gt < inputs.gts; ++gt) {
         const int64_t box = image * inputs.gts + gt;
         if (valid != nullptr && !valid[box]) continue;
@@ -164,7 +170,7 @@ AtssLevels check_levels(const char* op, torch::headeronly::HeaderOnlyArrayRef<in
   if (topk < 1) fail(op, "topk must be at least 1, got " + std::to_string(topk));
   int64_t sum = 0;
   for (int64_t size : level_sizes) {
-    sum += size;
+    sum = size > INT64_MAX - sum ? INT64_MAX : sum + size;
     if (size < 0 || sum > anchors) break;
     levels.sizes[levels.count] = static_cast<int>(size);
     levels.candidates[levels.count] = static_cast<int>(min_of(size, topk));

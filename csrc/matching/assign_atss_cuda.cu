@@ -6,6 +6,7 @@
 //   3. write       one thread an anchor
 #include <type_traits>
 
+#include "common/counted.h"
 #include "common/launch_cuda.cuh"
 #include "matching/assign_atss.h"
 
@@ -34,6 +35,12 @@ struct AtssTensors {
   T* candidate_ious;  // the same
   Mark<T>* best;      // [B, A]
   int* winner;        // [B, A]
+
+  // A candidate is an anchor of the image: there are no more of a level than it has anchors, each round finds another
+  // one, and none is as far as the place that stands for no anchor.
+  __device__ Counted<Mark<T>> best_of(int64_t image) const {
+    return {"assign_atss", "best IoUs of an image", best + image * anchor_count, anchor_count};
+  }
 };
 
 // The nearest of the anchors of this thread that are farther than `after`.
@@ -104,7 +111,7 @@ __global__ void atss_candidates_kernel(AtssTensors<T> tensors, AtssLevels levels
     const int anchor = candidates[i];
     const Point<T> centre = centre_of(load_box<T>(anchors + 4 * int64_t(anchor)));
     if (is_atss_positive(ious[i], threshold[0], centre, gt)) {
-      atomicMax(tensors.best + image * tensors.anchor_count + anchor, mark_of(ious[i]));
+      atomicMax(&tensors.best_of(image)[anchor], mark_of(ious[i]));
     } else {
       candidates[i] = -1;
     }

@@ -44,6 +44,7 @@ template <class S>
 void matcher_cpu(const S* quality, int64_t rows, int64_t columns, const MatchThresholds<ComputeType<S>>& thresholds,
                  bool allow_low_quality, int64_t* indices) {
   using T = ComputeType<S>;
+  const WithSubnormals scope;
   const int64_t tiles = ceil_div<int64_t>(columns, kTile);
   const std::unique_ptr<int32_t[]> own(allow_low_quality ? new int32_t[columns] : nullptr);
   const std::unique_ptr<T[]> tile_best(allow_low_quality ? new T[tiles * rows] : nullptr);

@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "common/counted.h"
 #include "common/parallel_cpu.h"
 
 namespace DETOPS_NAMESPACE {
@@ -66,7 +67,7 @@ class PackedBoxes {
 // What a thread needs to work on a chunk.
 template <class T>
 struct Scratch {
-  std::unique_ptr<int32_t[]> near;          // the boxes that may meet the chunk
+  std::unique_ptr<int32_t[]> near;          // the boxes that may meet the chunk: all may
   std::unique_ptr<T[][kLanes]> best_lanes;  // their best IoUs, lane by lane
 
   explicit Scratch(int64_t gts) : near(new int32_t[gts]), best_lanes(new T[gts][kLanes]) {}
@@ -91,7 +92,7 @@ DETOPS_CLONES void match_chunk(const Chunk<T>& chunk, const BoxList<T>& gts, int
     const Box<T> anchor = load_box<T>(chunk.anchors + 4 * i);
     if (can_overlap(anchor, box_area(anchor))) around = box_around(around, anchor);
   }
-  int32_t* const near = scratch.near.get();
+  const Counted<int32_t> near("match_max_iou", "boxes near a chunk", scratch.near.get(), gts.count);
   int near_count = 0;
   for (int64_t j = 0; j < gts.count; ++j) {
     near[near_count] = static_cast<int32_t>(j);
@@ -206,6 +207,8 @@ class MaxIouMatching {
   }
 
   void run() {
+    // A chunk has at least as many anchors as there are boxes, so that chunk_best_ is no larger than the anchors and
+    // one chunk more.
     const int64_t grain = max_of<int64_t>(1, (1 << 14) / (length_ * max_of<int64_t>(1, inputs_.gts)));
     parallel_ranges(inputs_.images * chunks_, grain, [&](int64_t begin, int64_t end) {
       Scratch<T> scratch(inputs_.gts + 1);
@@ -268,7 +271,8 @@ class MaxIouMatching {
 
   void serve_first(int64_t image, const T* gt_best) {
     const BoxList<T> gts = gts_.of(image);
-    int64_t* const indices = indices_ + image * inputs_.anchor_count;
+    const Counted<int64_t> indices("match_max_iou", "indices of an image", indices_ + image * inputs_.anchor_count,
+                                   inputs_.anchor_count);
     const int32_t* const own = own_.get() + image * inputs_.anchor_count;
     int64_t first_counted = 0;
     while (first_counted < inputs_.anchor_count && own[first_counted] < 0) ++first_counted;
@@ -283,17 +287,23 @@ class MaxIouMatching {
     }
   }
 
-  // The first anchor that has the best IoU of a box.
+  // The first anchor that has the best IoU of a box. IoUs are computed again: should one come out otherwise, it is the
+  // first of the highest in the chunk, so that the search ends in any case.
   int64_t first_with(int64_t image, const Box<T>& gt, T gt_area, int64_t packed, T best) {
     int64_t item = image * chunks_;
-    while (chunk(item).gt_best[packed] != best) ++item;
+    while (item + 1 < (image + 1) * chunks_ && chunk(item).gt_best[packed] != best) ++item;
     const Chunk<T> found = chunk(item);
-    int64_t i = 0;
-    for (;; ++i) {
+    int64_t first = 0;
+    T highest = T(-1);
+    for (int64_t i = 0; i < found.count && highest != best; ++i) {
+      if (found.own[i] < 0) continue;
       const Box<T> anchor = load_box<T>(found.anchors + 4 * i);
-      if (found.own[i] >= 0 && match_iou(anchor, box_area(anchor), gt, gt_area) == best) break;
+      const T iou = match_iou(anchor, box_area(anchor), gt, gt_area);
+      if (!(iou > highest)) continue;
+      highest = iou;
+      first = i;
     }
-    return item % chunks_ * length_ + i;
+    return item % chunks_ * length_ + first;
   }
 
   const MatchInputs& inputs_;
@@ -329,6 +339,7 @@ std::tuple<Tensor, Tensor> match_max_iou(const Tensor& anchors, const Tensor& gt
   } else {
     dispatch_compute_type(anchors.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
+      const WithSubnormals scope;
       MaxIouMatching<T>(inputs, numbers.rounded<T>(), indices.mutable_data_ptr<int64_t>(), ious.mutable_data_ptr<T>())
           .run();
     });

@@ -212,7 +212,7 @@ __global__ void match_first_kernel(MatchTensors<T> tensors, MatchOptions<T> opti
   if (tensors.is_valid(image, gt) && wants_low_quality(bit_cast<T>(best), options)) {
     int begin = 0;
     if (best != 0) {
-      for (int chunk = 0;; chunk += kWarpSize) {  // one of them has it
+      for (int chunk = 0; chunk < tensors.chunks; chunk += kWarpSize) {  // one of them has it, to the bit
         const bool has = chunk + lane < tensors.chunks &&
                          tensors.chunk_best[(image * tensors.chunks + chunk + lane) * tensors.gts + gt] == best;
         const unsigned vote = __ballot_sync(kFullWarp, has);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "common/counted.h"
 #include "common/parallel_cpu.h"
 
 namespace DETOPS_NAMESPACE {
@@ -47,12 +48,14 @@ class Sampler {
     Draw draws[2];
     for (int kind = 0; kind < 2; ++kind) draws[kind] = draw_of(candidates_[kind], last_bin[kind], rest[kind]);
 
-    int64_t* next[2] = {indices, indices + positives};
+    // Exactly as many keys are below the last of a draw, or are ties that it takes, as were wanted of its class.
+    const Counted<int64_t> drawn("sample_matches", "indices of an image", indices, positives + negatives);
+    int64_t next[2] = {0, positives};
     for (int64_t a = 0; a < sizes.anchors; ++a) {
       const int kind = sample_class(matches[a]);
       if (kind == kNoSample) continue;
       const uint32_t key = sample_key(keys[a]);
-      if (key < draws[kind].key || (key == draws[kind].key && draws[kind].ties-- > 0)) *next[kind]++ = a;
+      if (key < draws[kind].key || (key == draws[kind].key && draws[kind].ties-- > 0)) drawn[next[kind]++] = a;
     }
     std::fill(indices + positives + negatives, indices + sizes.samples, int64_t(-1));
     return {positives, positives + negatives};

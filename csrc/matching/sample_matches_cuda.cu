@@ -1,5 +1,6 @@
 // sample_matches on a GPU: a block per image, fixed shapes, no host synchronisation. It finds the last key of each
 // draw digit by digit from histograms; then each warp counts, and writes, whom it draws of its own stretch of anchors.
+#include "common/counted.h"
 #include "common/launch_cuda.cuh"
 #include "matching/sample_matches.h"
 
@@ -46,7 +47,8 @@ __global__ void sample_matches_kernel(const int64_t* all_matches, const int32_t*
   const int64_t image = blockIdx.x;
   const int64_t* const matches = all_matches + image * anchors;
   const int32_t* const keys = all_keys + image * anchors;
-  int64_t* const indices = all_indices + image * samples;
+  // Of each class exactly as many are written as were wanted, together no more than there are samples.
+  const Counted<int64_t> indices("sample_matches", "indices of an image", all_indices + image * samples, samples);
 
   if (threadIdx.x < 2) {
     totals[threadIdx.x] = 0;
