@@ -415,7 +415,8 @@ def kmeans_anchors(
     intersection and union is raised side by side, whose best value is a weighted quantile of the sides.
 
     Args:
-        sizes: [N, 2] widths and heights, positive, floating; computed in float32.
+        sizes: [N, 2] widths and heights, positive, floating; computed in float32. The largest is at most 2^50 / N times
+            the smallest: a million times for a billion boxes.
         k: the number of anchors, from 1 to min(N, 1024).
         metric: "iou" or "euclidean".
         seed: of the start. Equal arguments give equal results, on every device.
@@ -428,7 +429,7 @@ def kmeans_anchors(
 
     Raises:
         ValueError: `k`, `metric` or `max_iterations` is none of the above.
-        RuntimeError: `sizes` has a wrong shape or dtype, or one that is not positive and finite.
+        RuntimeError: `sizes` has a wrong shape or dtype, or one that is not positive and finite, or a wider range.
 
     Example:
         >>> sizes = torch.tensor([[10., 10.], [12., 10.], [100., 50.], [100., 54.]])
@@ -452,6 +453,10 @@ def kmeans_anchors(
     least, largest = torch.stack(single.aminmax()).tolist()
     if not 0 < least <= largest < math.inf:
         raise RuntimeError(f"{op}: sizes must be positive and finite, got some from {least} to {largest}")
+    most = 2**50 / len(sizes)  # means are those of integers, of which the smallest size has 2^10 then
+    if largest / least > most:
+        got = f"some from {least} to {largest}"
+        raise RuntimeError(f"{op}: sizes must be within a factor of 2^50 / N = {most:.3g} of each other, got {got}")
     exponent = math.frexp(largest)[1]
     unit = _times_power_of_two(single, -exponent)
     start = _start(unit, k, _METRICS[metric], torch.Generator().manual_seed(seed))

@@ -295,6 +295,21 @@ def test_bad_sizes(device):
         wrong[4, 1] = value
         with pytest.raises(RuntimeError, match="^kmeans_anchors: sizes must be positive and finite, got some from "):
             detops.kmeans_anchors(wrong, 2)
+    for wrong in ([[10.0, 10], [1e30, 1e30]], [[1e-30, 10.0], [10, 10]], [[1e-10, 1], [1e6, 1]]):
+        match = r"^kmeans_anchors: sizes must be within a factor of 2\^50 / N = 5.63e\+14 of each other, got some from "
+        with pytest.raises(RuntimeError, match=match):
+            detops.kmeans_anchors(torch.tensor(wrong), 2)
+
+
+@pytest.mark.parametrize("metric", ("iou", "euclidean"))
+@pytest.mark.parametrize("scale", (1e-30, 1.0, 1e25))
+def test_sizes_of_the_widest_range(device, metric, scale):
+    small, large = 2.0**-24, 2.0**24  # of four sizes
+    sizes = scale * np.array([[small, small], [small * 1.5, small], [large, large], [large, large * 0.75]])
+    found = detops.kmeans_anchors(device.put(sizes), 2 if metric == "euclidean" else 4, metric=metric)
+    assert (found.anchors > 0).all() and found.anchors.isfinite().all() and 0.7 < found.mean_iou <= 1
+    if metric == "iou":
+        assert np.array_equal(to_numpy(found.anchors), sizes[[0, 1, 3, 2]].astype(np.float32))
 
 
 def test_bad_arguments_of_the_ops(device):

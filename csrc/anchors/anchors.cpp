@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "common/allocate.h"
+#include "common/counted.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
 
@@ -17,7 +18,7 @@ namespace {
 constexpr int64_t kTile = 128;       // sizes that are assigned together
 constexpr int64_t kGrain = 1 << 13;  // sizes that are worth a thread
 
-// Some of the anchors, in ascending order.
+// Some of the anchors, in ascending order: all at most.
 struct Candidates {
   std::vector<float> sides;
   std::vector<int32_t> labels;
@@ -63,7 +64,7 @@ DETOPS_CLONES void assign_tile(const float* widths, const float* heights, int64_
 }
 
 // The places where two runs of labels differ.
-int64_t find_changes(const int32_t* before, const int32_t* after, int64_t count, int32_t* places) {
+int64_t find_changes(const int32_t* before, const int32_t* after, int64_t count, CountedArray<int32_t, kTile>& places) {
   int64_t found = 0;
   for (int64_t i = 0; i < count; ++i) {
     places[found] = static_cast<int32_t>(i);  // overwritten until they differ: cheaper than a branch
@@ -143,7 +144,7 @@ class SharedSums {
 // ---- k-means. Sizes are sorted so that those of a tile are alike: most tiles can have one label only, as bounds tell.
 
 // Where a size stands along a curve that keeps neighbours together: the bits of both logarithms, in turn, in steps of a
-// 16th of an octave.
+// 16th of an octave. Of all sizes, also of those that are none, one of kPlaces = (255 + 1)^2.
 DETOPS_HD uint32_t spread_bits(uint32_t byte) {
   byte = (byte | byte << 4) & 0x0f0f;
   byte = (byte | byte << 2) & 0x3333;
@@ -218,8 +219,8 @@ DETOPS_CLONES int64_t find_candidates(const TileSummary& tile, const float* anch
     const float near_width = max_of(tile.least_width, min_of(tile.greatest_width, anchor[0]));
     const float near_height = max_of(tile.least_height, min_of(tile.greatest_height, anchor[1]));
     candidates.set(found, anchor, static_cast<int32_t>(a));
-    // So that a bound that is no number excludes none.
-    found += !(affinity<metric>(near_width, near_height, anchor[0], anchor[1]) < bound);
+    // So that a bound that is no number excludes none. The hint is always one, so that there is one.
+    found += !(affinity<metric>(near_width, near_height, anchor[0], anchor[1]) < bound) | (a == tile.hint);
   }
   return found;
 }
@@ -233,7 +234,7 @@ class TileWorker {
         scale_(scale),
         anchors_(anchors),
         anchor_count_(anchor_count),
-        candidates_(anchor_count + 1),
+        candidates_(anchor_count),
         differences_(anchor_count) {}
 
   // `labels` of a tile with one label are not kept.
@@ -251,7 +252,8 @@ class TileWorker {
       return;
     }
     if (tile.label >= 0) std::fill_n(labels, count, tile.label);
-    int32_t nearest[kTile], places[kTile];
+    int32_t nearest[kTile];
+    CountedArray<int32_t, kTile> places("kmeans_anchors", "changes in a tile");
     float best[kTile];
     assign_tile<metric>(&columns_.widths[begin], &columns_.heights[begin], count, candidates_.sides.data(),
                         candidates_.labels.data(), found, nearest, best);
