@@ -76,8 +76,8 @@ void ps_roi_cpu(const RoiTensors<ComputeType<S>, const S>& map, const ComputeTyp
 // Parts are channels of an image, or rows of it with channels_last. Each is written by one thread, all RoIs in one
 // order.
 template <class S>
-void ps_roi_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t count, const RoiOptions& options,
-                         const RoiTensors<ComputeType<S>, S>& out) {
+void ps_roi_backward_cpu(const char* op, const S* grad, const ComputeType<S>* boxes, int64_t count,
+                         const RoiOptions& options, const RoiTensors<ComputeType<S>, S>& out) {
   using T = ComputeType<S>;
   const RoiTables<T> tables(boxes, count, out.shape, options);
   const int64_t bins = int64_t(options.bins_y) * options.bins_x, channels = out.shape.channels;
@@ -91,7 +91,8 @@ void ps_roi_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t cou
       const int bin_of_part = static_cast<int>(part % bins);
       const IndexRange range = tables.of_map(0, image);
       const int64_t size = out.channels_last ? width * channels : height * width;
-      store_sums(out.image(0, image) + part * size, size, buffer, [&](T* target) {
+      store_sums(out.image(0, image) + part * size, size, buffer, [&](T* room) {
+        const Counted<T> target(op, "gradients of the map", room, size);
         for (int64_t i = range.begin; i < range.end; ++i) {
           const RoiTable<T>& table = tables.all()[i];
           const S* const values = grad + table.roi * channels;
@@ -158,11 +159,12 @@ Tensor pool(const char* op, const Tensor& input, const Tensor& boxes, double spa
 
 Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& boxes, const std::vector<int64_t>& sizes,
                      double spatial_scale, const RoiOptions& options, bool channels_last) {
-  const int64_t count = boxes.size(0), bins = int64_t(options.bins_y) * options.bins_x;
+  check_map_sizes(op, sizes);
   check_floating(op, "grad", grad);
   check_channels(op, sizes[1], options);
-  check_shape(op, "grad", grad, "[K, C / bins, bins, bins]", {count, sizes[1] / bins, options.bins_y, options.bins_x});
   check_roi_boxes(op, boxes, 5, "grad", grad);
+  const int64_t count = boxes.size(0), bins = int64_t(options.bins_y) * options.bins_x;
+  check_shape(op, "grad", grad, "[K, C / bins, bins, bins]", {count, sizes[1] / bins, options.bins_y, options.bins_x});
   const Tensor dense = in_format(grad, channels_last), rows = as_contiguous(boxes);
   const Tensor out = allocate_in_format(op, sizes, channels_last, grad.scalar_type(), grad);
   const bool gpu = on_gpu(op, grad);
@@ -175,7 +177,7 @@ Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& boxes, co
     if (gpu) {
       DETOPS_GPU_ONLY(ps_roi_backward_cuda<S>(op, dense, rows, options, map));
     } else {
-      ps_roi_backward_cpu<S>(dense.const_data_ptr<S>(), rows.const_data_ptr<T>(), count, options, map);
+      ps_roi_backward_cpu<S>(op, dense.const_data_ptr<S>(), rows.const_data_ptr<T>(), count, options, map);
     }
   });
   return out;
@@ -184,23 +186,25 @@ Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& boxes, co
 Tensor ps_roi_align(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y, int64_t bins_x,
                     int64_t sampling_ratio) {
   return pool("ps_roi_align", input, boxes, spatial_scale,
-              roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true));
+              roi_options("ps_roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true));
 }
 
 Tensor ps_roi_align_backward(const Tensor& grad, const Tensor& boxes, std::vector<int64_t> sizes, double spatial_scale,
                              int64_t bins_y, int64_t bins_x, int64_t sampling_ratio, bool channels_last) {
   return pool_backward("ps_roi_align", grad, boxes, sizes, spatial_scale,
-                       roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true), channels_last);
+                       roi_options("ps_roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true),
+                       channels_last);
 }
 
 Tensor ps_roi_pool(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y, int64_t bins_x) {
-  return pool("ps_roi_pool", input, boxes, spatial_scale, roi_options(RoiRule::kPsPool, bins_y, bins_x, 0, false));
+  return pool("ps_roi_pool", input, boxes, spatial_scale,
+              roi_options("ps_roi_pool", RoiRule::kPsPool, bins_y, bins_x, 0, false));
 }
 
 Tensor ps_roi_pool_backward(const Tensor& grad, const Tensor& boxes, std::vector<int64_t> sizes, double spatial_scale,
                             int64_t bins_y, int64_t bins_x, bool channels_last) {
   return pool_backward("ps_roi_pool", grad, boxes, sizes, spatial_scale,
-                       roi_options(RoiRule::kPsPool, bins_y, bins_x, 0, false), channels_last);
+                       roi_options("ps_roi_pool", RoiRule::kPsPool, bins_y, bins_x, 0, false), channels_last);
 }
 
 }  // namespace

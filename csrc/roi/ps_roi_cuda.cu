@@ -8,13 +8,13 @@ namespace {
 
 template <class S>
 __global__ void ps_roi_kernel(RoiTensors<ComputeType<S>, const S> map, const ComputeType<S>* boxes, RoiOptions options,
-                              int64_t most_taps, int slice, S* out) {
+                              int most_taps, int slice, S* out) {
   using T = ComputeType<S>;
   DETOPS_DYNAMIC_SHARED(T, memory);
   SharedTaps<T> taps(memory, options, most_taps);
   const int64_t roi = blockIdx.x;
   const RoiPlace<T> place = place_roi(boxes + 5 * roi, map.shape, options);
-  taps.fill(place);
+  const bool filled = taps.fill(place);
   __syncthreads();
 
   const int channels = map.shape.channels, bins = options.bins_y * options.bins_x;
@@ -24,13 +24,17 @@ __global__ void ps_roi_kernel(RoiTensors<ComputeType<S>, const S> map, const Com
   for (int c = blockIdx.y * slice + threadIdx.x; c < end; c += kRoiThreads) {
     const int bin = c % bins, p = bin / options.bins_x, q = bin - p * options.bins_x;
     T sum = T(0);
-    for (int r = 0; r < taps.y_count(p); ++r) {
-      const Tap<T> y = taps.y(p)[r];
-      for (int s = 0; s < taps.x_count(q); ++s) {
-        const Tap<T> x = taps.x(q)[s];
-        const S value = image[y.pixel * strides.row + x.pixel * strides.column + c * strides.channel];
-        sum = fma(y.weight * x.weight, static_cast<T>(value), sum);
+    if (filled) {
+      for (int r = 0; r < taps.y_count(p); ++r) {
+        const Tap<T> y = taps.y(p)[r];
+        for (int s = 0; s < taps.x_count(q); ++s) {
+          const Tap<T> x = taps.x(q)[s];
+          const S value = image[y.pixel * strides.row + x.pixel * strides.column + c * strides.channel];
+          sum = fma(y.weight * x.weight, static_cast<T>(value), sum);
+        }
       }
+    } else {
+      sum = average_of_bin(place, p, q, image + c * strides.channel, strides);
     }
     out[roi * channels + bin_offset(map.channels_last, c / bins, bin, channels / bins, bins)] = static_cast<S>(sum);
   }

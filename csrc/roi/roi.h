@@ -74,6 +74,8 @@ struct RoiAxis {
   T samples;        // of each bin: a whole number, possibly beyond any integer type; 0: the RoI does not count
   int64_t visited;  // at least as many as any bin has samples on the map
 
+  // Every step is monotone, rounded or not, and none is inf - inf: never NaN, and rising with p and with i, or falling
+  // where `bin` is negative. Only within a bin: bins of more than 10^6 pixels may overlap by rounding.
   DETOPS_HD T position(int p, int64_t i) const {
     return start + static_cast<T>(p) * bin + (static_cast<T>(i) + T(0.5)) * bin / samples;
   }
@@ -156,7 +158,8 @@ DETOPS_HD RoiAxis<T> roi_axis(T low, T high, T scale, const RoiOptions& options,
     if (!options.aligned && extent < T(1)) extent = T(1);
     axis.bin = extent / static_cast<T>(bins);
     axis.samples = options.sampling_ratio > 0 ? static_cast<T>(options.sampling_ratio) : std::ceil(axis.bin);
-    // Adaptive samples are more than half a pixel apart, where rounding lets them be apart at all.
+    // Adaptive samples are at least half a pixel apart. Where rounding lumps more of them together on the map, a bin is
+    // longer than 1 / (8 epsilon), and those left out weigh less than 10 epsilon in it.
     axis.visited = options.sampling_ratio > 0 ? options.sampling_ratio : 2 * int64_t(size) + 4;
   } else {
     axis.start = round_half_away(low * scale);
@@ -209,7 +212,7 @@ DETOPS_HD void for_each_tap(const RoiAxis<T>& axis, int p, const Tap& tap) {
 }
 
 // An upper bound of the taps of bin p: two for each sample, and no more than there are pixels from the first to the
-// last.
+// last, since positions are monotone. At most `size` + 1.
 template <class T>
 DETOPS_HD int64_t most_taps_of_bin(const RoiAxis<T>& axis, int p) {
   if (axis.rule != RoiRule::kAlign) return axis.pixels(p).count();
@@ -220,14 +223,16 @@ DETOPS_HD int64_t most_taps_of_bin(const RoiAxis<T>& axis, int p) {
   return min_of(2 * range.count(), int64_t(high) - low + 2);
 }
 
-// An upper bound of their sum over all bins, whatever the RoI: neighbouring bins share two pixels at most.
+// Their sum over all bins, as long as neighbouring bins share two pixels at most. Bins of whole pixels share one, and
+// so do samples but for rounding: RoIs beyond 10^6 pixels may have more taps, and are handled without a table of them.
 inline int64_t most_taps(const RoiOptions& options, int bins, int size) {
   const int64_t of_map = int64_t(size) + 2 * int64_t(bins);
   if (options.rule != RoiRule::kAlign || options.sampling_ratio == 0) return of_map;
   return min_of(of_map, 2 * int64_t(options.sampling_ratio) * bins);
 }
 
-// The pixels begin .. end-1 hold all that the axis reads.
+// The pixels begin .. end-1 hold all that the axis reads: the first sample of the first bin and the last of the last
+// are the extremes, see position().
 template <class T>
 DETOPS_HD IndexRange pixels_read(const RoiAxis<T>& axis) {
   if (!(axis.samples > T(0)) || axis.size <= 0) return {0, 0};
@@ -274,10 +279,11 @@ struct RoiPlace {
   RoiAxis<T> y, x;
 };
 
-// The image that a batch index names, or -1. Fractions are cut off, as in torchvision.
+// The image that a batch index names, or -1. Fractions are cut off, as in torchvision: -0.5 names image 0, if there is
+// one. Below images rounded up to T lies no number of T that is not below `images`.
 template <class T>
 DETOPS_HD int image_of(T index, int images) {
-  return index > T(-1) && index < static_cast<T>(images) ? static_cast<int>(index) : -1;
+  return images > 0 && index > T(-1) && index < static_cast<T>(images) ? static_cast<int>(index) : -1;
 }
 
 // Of a row [batch index, x1, y1, x2, y2].

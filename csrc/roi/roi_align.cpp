@@ -30,22 +30,31 @@ RoiTensors<T, V> roi_align_tensors(const Sizes& sizes, const Pyramid& pyramid, b
     maps.shape.levels[i] = {static_cast<int>(sizes[2 + 2 * i]), static_cast<int>(sizes[3 + 2 * i]),
                             static_cast<T>(pyramid.scales[i])};
     // log2(side / canonical_scale) + 1e-6 reaches the level: with torchvision's margin for rounding.
-    const double octaves = static_cast<double>(first + i - pyramid.canonical_level) - 1e-6;
+    const double octaves = static_cast<double>(first + i) - static_cast<double>(pyramid.canonical_level) - 1e-6;
     const double side = pyramid.canonical_scale * std::exp2(octaves);
     maps.shape.least_area[i] = first + i <= last ? side * side : std::numeric_limits<double>::quiet_NaN();
   }
   return maps;
 }
 
-// The sizes of maps that fit together.
-Sizes check_maps(const char* op, const char* argument, const std::vector<Tensor>& input, const Pyramid& pyramid) {
-  if (input.empty() || input.size() > kMostLevels) {
-    fail(op, std::string(argument) + " must be 1 to 8 maps, got " + std::to_string(input.size()));
+// As many scales as maps, whose number there is room for, and all of them the scale of something.
+void check_pyramid(const char* op, const char* argument, size_t maps, const Pyramid& pyramid) {
+  if (maps == 0 || maps > kMostLevels) {
+    fail(op, std::string(argument) + " must be 1 to 8 maps, got " + std::to_string(maps));
   }
-  if (pyramid.scales.size() != input.size()) {
-    fail(op, "spatial_scales must have one value for each of the " + std::to_string(input.size()) + " maps, got " +
+  if (pyramid.scales.size() != maps) {
+    fail(op, "spatial_scales must have one value for each of the " + std::to_string(maps) + " maps, got " +
                  std::to_string(pyramid.scales.size()));
   }
+  for (double scale : pyramid.scales) {
+    if (scale > 0.0 && is_finite(scale)) continue;
+    fail(op, "spatial_scales must be positive and finite, got " + std::to_string(scale));
+  }
+}
+
+// The sizes of maps that fit together.
+Sizes check_maps(const char* op, const char* argument, const std::vector<Tensor>& input, const Pyramid& pyramid) {
+  check_pyramid(op, argument, input.size(), pyramid);
   const Tensor& first = input[0];
   Sizes sizes;
   for (const Tensor& map : input) {
@@ -95,10 +104,12 @@ Tensor pool_maps(const char* op, const char* argument, const std::vector<Tensor>
 
 std::vector<Tensor> pool_maps_backward(const char* op, const Tensor& grad, const Tensor& boxes, const Sizes& sizes,
                                        const Pyramid& pyramid, const RoiOptions& options, bool channels_last) {
-  const int64_t count = boxes.size(0);
+  check_pyramid(op, "sizes", pyramid.scales.size(), pyramid);
+  check_map_sizes(op, sizes, pyramid.scales.size());
   check_floating(op, "grad", grad);
-  check_shape(op, "grad", grad, "[K, C, bins, bins]", {count, sizes[1], options.bins_y, options.bins_x});
   check_roi_boxes(op, boxes, 5, "grad", grad);
+  const int64_t count = boxes.size(0);
+  check_shape(op, "grad", grad, "[K, C, bins, bins]", {count, sizes[1], options.bins_y, options.bins_x});
   const Tensor dense = in_format(grad, channels_last);
   const Tensor rows = as_contiguous(boxes);
   std::vector<Tensor> out;
@@ -126,13 +137,14 @@ std::vector<Tensor> pool_maps_backward(const char* op, const Tensor& grad, const
 Tensor roi_align(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y, int64_t bins_x,
                  int64_t sampling_ratio, bool aligned) {
   return pool_maps("roi_align", "input", {input}, boxes, {{spatial_scale}, 1.0, 0},
-                   roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned));
+                   roi_options("roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned));
 }
 
 Tensor roi_align_backward(const Tensor& grad, const Tensor& boxes, std::vector<int64_t> sizes, double spatial_scale,
                           int64_t bins_y, int64_t bins_x, int64_t sampling_ratio, bool aligned, bool channels_last) {
   return pool_maps_backward("roi_align", grad, boxes, sizes, {{spatial_scale}, 1.0, 0},
-                            roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned), channels_last)[0];
+                            roi_options("roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned),
+                            channels_last)[0];
 }
 
 Tensor multi_scale_roi_align(std::vector<Tensor> features, const Tensor& boxes, std::vector<double> spatial_scales,
@@ -140,16 +152,16 @@ Tensor multi_scale_roi_align(std::vector<Tensor> features, const Tensor& boxes, 
                              double canonical_scale, int64_t canonical_level) {
   return pool_maps("multi_scale_roi_align", "features", features, boxes,
                    {spatial_scales, canonical_scale, canonical_level},
-                   roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned));
+                   roi_options("multi_scale_roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned));
 }
 
 std::vector<Tensor> multi_scale_roi_align_backward(const Tensor& grad, const Tensor& boxes, std::vector<int64_t> sizes,
                                                    std::vector<double> spatial_scales, int64_t bins_y, int64_t bins_x,
                                                    int64_t sampling_ratio, bool aligned, double canonical_scale,
                                                    int64_t canonical_level, bool channels_last) {
-  return pool_maps_backward("multi_scale_roi_align", grad, boxes, sizes,
-                            {spatial_scales, canonical_scale, canonical_level},
-                            roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned), channels_last);
+  return pool_maps_backward(
+      "multi_scale_roi_align", grad, boxes, sizes, {spatial_scales, canonical_scale, canonical_level},
+      roi_options("multi_scale_roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned), channels_last);
 }
 
 }  // namespace

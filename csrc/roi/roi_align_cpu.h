@@ -20,7 +20,8 @@ constexpr int kLanes = 8;  // columns or channels that are handled together
 
 // ---- forward, contiguous
 
-// Room for what average_planes works on.
+// Room for what average_planes works on. `columns` holds those from the first to the last pixel that a tap of the RoI
+// reads, which is how RoiTable finds them.
 template <class T>
 struct PlaneSums {
   std::vector<T> columns;  // [columns, kPlanesTogether]
@@ -174,13 +175,14 @@ void roi_align_cpu(const RoiTensors<ComputeType<S>, const S>& maps, const Comput
 template <class S, class T>
 DETOPS_CLONES void spread_plane(const S* grad, const RoiTable<T>& table, int bins_x, Columns columns, int row_begin,
                                 int row_end, int64_t width, T* __restrict__ sums, T* __restrict__ plane) {
+  const Counted<T> of_columns("roi_align", "sums of the columns", sums, columns.count);
   for (int p = 0; p < table.bins_y; ++p, grad += bins_x) {
     const Taps<T> rows = table.y(p);
     if (rows.count() == 0 || rows.first->pixel >= row_end || rows.last[-1].pixel < row_begin) continue;
     for (int j = 0; j < columns.count; ++j) sums[j] = T(0);
     for (int q = 0; q < bins_x; ++q) {
       const T value = static_cast<T>(grad[q]);
-      for (const Tap<T>& tap : table.x(q)) sums[tap.pixel - columns.begin] += tap.weight * value;
+      for (const Tap<T>& tap : table.x(q)) of_columns[tap.pixel - columns.begin] += tap.weight * value;
     }
     for (const Tap<T>& tap : rows) {
       if (tap.pixel < row_begin || tap.pixel >= row_end) continue;
@@ -196,8 +198,9 @@ DETOPS_CLONES void spread_plane(const S* grad, const RoiTable<T>& table, int bin
 
 // Adds the gradient of one RoI to one row of a map, [width, channels].
 template <class S, class T>
-DETOPS_CLONES void spread_row(const S* grad, const RoiTable<T>& table, int bins_x, int row, int64_t channels,
-                              T* __restrict__ pixels) {
+DETOPS_CLONES void spread_row(const S* grad, const RoiTable<T>& table, int bins_x, int row, int64_t width,
+                              int64_t channels, T* pixels) {
+  const Counted<T> of_row("roi_align", "gradients of a row", pixels, width * channels);
   for (int p = 0; p < table.bins_y; ++p) {
     for (const Tap<T>& y : table.y(p)) {
       if (y.pixel != row) continue;
@@ -205,7 +208,7 @@ DETOPS_CLONES void spread_row(const S* grad, const RoiTable<T>& table, int bins_
         const S* const values = grad + (int64_t(p) * bins_x + q) * channels;
         for (const Tap<T>& x : table.x(q)) {
           const T weight = y.weight * x.weight;
-          T* const pixel = pixels + x.pixel * channels;
+          T* const __restrict__ pixel = of_row.part(x.pixel * channels, channels).data();
           for (int64_t c = 0; c < channels; ++c) pixel[c] += weight * static_cast<T>(values[c]);
         }
       }
@@ -233,8 +236,8 @@ void roi_align_backward_cpu(const S* grad, const ComputeType<S>* boxes, int64_t 
             for (int64_t i = range.begin; i < range.end; ++i) {
               const RoiTable<T>& table = tables.all()[i];
               if (row < table.row_begin || row >= table.row_end) continue;
-              spread_row(grad + table.roi * channels * bins, table, options.bins_x, static_cast<int>(row), channels,
-                         pixels);
+              spread_row(grad + table.roi * channels * bins, table, options.bins_x, static_cast<int>(row), width,
+                         channels, pixels);
             }
           });
         }

@@ -74,14 +74,14 @@ __device__ inline void pool_plane(const S* plane, int64_t width, const SharedTap
 
 template <int pack, class S>
 __global__ void roi_align_kernel(RoiTensors<ComputeType<S>, const S> maps, const ComputeType<S>* boxes,
-                                 RoiOptions options, int64_t most_taps, int slice, S* out) {
+                                 RoiOptions options, int most_taps, int slice, S* out) {
   using T = ComputeType<S>;
   DETOPS_DYNAMIC_SHARED(T, memory);
   constexpr int kAllRowSums = pack > 0 ? 0 : kRowSums * kRoiWarps;
   SharedTaps<T> taps(memory + kAllRowSums, options, most_taps);
   const int64_t roi = blockIdx.x;
   const RoiPlace<T> place = place_roi(boxes + 5 * roi, maps.shape, options);
-  taps.fill(place);
+  const bool filled = taps.fill(place);
   __syncthreads();
 
   const int channels = maps.shape.channels, bins = options.bins_y * options.bins_x;
@@ -90,6 +90,15 @@ __global__ void roi_align_kernel(RoiTensors<ComputeType<S>, const S> maps, const
   const int64_t width = maps.shape.levels[place.level].width;
   const S* const map = maps.image(place.level, max(place.image, 0));
   S* const result = out + roi * channels * bins;
+  if (!filled) {
+    const MapStrides strides(maps.channels_last, maps.shape.levels[place.level].height, width, channels);
+    for (int i = threadIdx.x; i < count * bins; i += kRoiThreads) {
+      const int c = first + i / bins, bin = i % bins;
+      result[bin_offset(maps.channels_last, c, bin, channels, bins)] = static_cast<S>(
+          average_of_bin(place, bin / options.bins_x, bin % options.bins_x, map + c * strides.channel, strides));
+    }
+    return;
+  }
   if constexpr (pack > 0) {
     pool_pixels<pack>(map, width * channels, channels, first, count, taps, result);
   } else {
@@ -131,6 +140,7 @@ void launch_roi_align(const RoiTensors<ComputeType<S>, const S>& maps, const Ten
       pack > 0 ? channels / pack * options.bins_y * options.bins_x / (2 * kRoiThreads) : channels / (2 * kRoiWarps);
   const int64_t slices = max_of<int64_t>(1, min_of(min_of(work, ceil_div<int64_t>(1024, count)), int64_t(64)));
   const int64_t slice = ceil_div(ceil_div(channels, slices), unit) * unit;
+  check_slice("roi_align", slice, options);
   const size_t bytes = size.bytes + (pack > 0 ? 0 : sizeof(T) * kRowSums * kRoiWarps);
   const CudaScope scope(boxes);
   allow_shared_memory(roi_align_kernel<pack, S>, bytes);

@@ -68,7 +68,8 @@ void for_each_block(const RotatedRoi<T>& roi, TapBlock<T>& block, int64_t limit,
   finish(false);
 }
 
-// An upper bound of the taps of a RoI.
+// An upper bound of the taps of a RoI: for_each_sample visits every pair of these rows and columns, and a sample reads
+// four pixels at most.
 template <class T>
 int64_t most_taps(const RotatedRoi<T>& roi) {
   double rows = 0, columns = 0;  // may exceed any integer
@@ -129,13 +130,13 @@ DETOPS_CLONES void gather(const S* map, const MapStrides& strides, const PixelTa
 // Adds the gradients of a bin's `count` channels to those of the pixels that it reads, [pixels, count].
 template <class T>
 DETOPS_CLONES void scatter(const T* values, const PixelTap<T>* tap, const PixelTap<T>* end, int64_t count,
-                           T* __restrict__ sums) {
+                           const Counted<T>& sums) {
   if (count == kGradientsTogether) {
     Eight<T> low, high;
     load_eight<T, T>(values, low);
     load_eight<T, T>(values + 8, high);
     for (; tap != end; ++tap) {
-      T* const pixel = sums + tap->pixel * kGradientsTogether;
+      T* const pixel = sums.part(tap->pixel * kGradientsTogether, kGradientsTogether).data();
       Eight<T> of_pixel;
       load_eight<T, T>(pixel, of_pixel);
       of_pixel += tap->weight * low;
@@ -147,7 +148,7 @@ DETOPS_CLONES void scatter(const T* values, const PixelTap<T>* tap, const PixelT
     return;
   }
   for (; tap != end; ++tap) {
-    T* const pixel = sums + tap->pixel * count;
+    T* const __restrict__ pixel = sums.part(tap->pixel * count, count).data();
     for (int64_t c = 0; c < count; ++c) pixel[c] += tap->weight * values[c];
   }
 }
@@ -231,6 +232,7 @@ void roi_align_rotated_backward_cpu(const S* grad, const ComputeType<S>* boxes, 
       const int image = static_cast<int>(item / parts);
       const int64_t first = item % parts * kGradientsTogether, used = min_of(kGradientsTogether, channels - first);
       sums.assign(pixels * used, T(0));  // [pixels, used]
+      const Counted<T> into("roi_align_rotated", "gradients of the map", sums.data(), pixels * used);
       const auto add = [&](int64_t roi, const TapBlock<T>& block) {
         for (size_t i = 0; i < block.ends.size(); ++i) {
           if (block.begin(i) == block.end(i)) continue;
@@ -239,7 +241,7 @@ void roi_align_rotated_backward_cpu(const S* grad, const ComputeType<S>* boxes, 
             const int64_t offset = bin_offset(out.channels_last, first + c, bin, channels, bins);
             values[c] = static_cast<T>(grad[roi * channels * bins + offset]);
           }
-          scatter(values, block.begin(i), block.end(i), used, sums.data());
+          scatter(values, block.begin(i), block.end(i), used, into);
         }
       };
       for (int64_t roi = 0; roi < count; ++roi) {
@@ -264,7 +266,7 @@ void roi_align_rotated_backward_cpu(const S* grad, const ComputeType<S>* boxes, 
 Tensor roi_align_rotated(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y, int64_t bins_x,
                          int64_t sampling_ratio) {
   const char* const op = "roi_align_rotated";
-  const RoiOptions options = roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true);
+  const RoiOptions options = roi_options(op, RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true);
   check_map(op, "input", input);
   check_roi_boxes(op, boxes, 6, "input", input);
   const bool channels_last = is_channels_last(input);
@@ -293,11 +295,12 @@ Tensor roi_align_rotated_backward(const Tensor& grad, const Tensor& boxes, std::
                                   double spatial_scale, int64_t bins_y, int64_t bins_x, int64_t sampling_ratio,
                                   bool channels_last) {
   const char* const op = "roi_align_rotated";
-  const RoiOptions options = roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true);
-  const int64_t count = boxes.size(0);
+  const RoiOptions options = roi_options(op, RoiRule::kAlign, bins_y, bins_x, sampling_ratio, true);
+  check_map_sizes(op, sizes);
   check_floating(op, "grad", grad);
-  check_shape(op, "grad", grad, "[K, C, bins, bins]", {count, sizes[1], options.bins_y, options.bins_x});
   check_roi_boxes(op, boxes, 6, "grad", grad);
+  const int64_t count = boxes.size(0);
+  check_shape(op, "grad", grad, "[K, C, bins, bins]", {count, sizes[1], options.bins_y, options.bins_x});
   const Tensor dense = in_format(grad, channels_last), rows = as_contiguous(boxes);
   const Tensor out = allocate_in_format(op, sizes, channels_last, grad.scalar_type(), grad);
   const bool gpu = on_gpu(op, grad);

@@ -52,7 +52,9 @@ struct RotatedRoi {
     const T margin = T(1) + rounding * extent;
     const IndexRange range = axis.samples_between(p, min_of(top, bottom) + min_of(left, right) - margin,
                                                   max_of(top, bottom) + max_of(left, right) + margin);
-    return {range.begin, min_of(range.end, range.begin + axis.visited)};
+    // The margin's samples come first. In a RoI for which these are not enough, each weighs next to nothing.
+    const int64_t in_margin = static_cast<int64_t>(T(4) * min_of(rounding * extent, T(4096)));
+    return {range.begin, min_of(range.end, range.begin + axis.visited + in_margin)};
   }
 };
 

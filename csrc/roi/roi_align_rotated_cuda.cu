@@ -141,6 +141,7 @@ void roi_align_rotated_cuda(const RoiTensors<ComputeType<S>, const S>& map, cons
   const int64_t work = channels * options.bins_y * options.bins_x / (2 * kRoiThreads);
   const int64_t slices = max_of<int64_t>(1, min_of(min_of(work, channels), ceil_div<int64_t>(1024, count)));
   const int64_t slice = ceil_div(channels, slices);
+  check_slice("roi_align_rotated", slice, options);
   const CudaScope scope(boxes);
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(ceil_div(channels, slice)));
   DETOPS_LAUNCH((roi_align_rotated_kernel<S>), grid, kRoiThreads, 0, scope.stream(), map,

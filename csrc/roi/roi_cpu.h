@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "common/counted.h"
 #include "common/parallel_cpu.h"
 #include "roi/roi.h"
 
@@ -27,7 +28,7 @@ struct RoiTable {
   int row_begin, row_end, column_begin, column_end;  // holds all that it reads
   int bins_y;
   const Tap<T>* taps;
-  const int* ends;  // where the taps of each bin end: bins along y, then along x
+  const int64_t* ends;  // where the taps of each bin end: bins along y, then along x
 
   DETOPS_HD Taps<T> y(int p) const { return {taps + (p > 0 ? ends[p - 1] : 0), taps + ends[p]}; }
   DETOPS_HD Taps<T> x(int p) const { return y(bins_y + p); }
@@ -43,7 +44,8 @@ class RoiTables {
     const int64_t bins = int64_t(options.bins_y) + options.bins_x;
     const int64_t groups = ceil_div(count, kGroup);
     taps_.resize(groups);
-    ends_.resize(count * bins);
+    ends_.resize(count * bins);  // bins of both axes, each of which table_of visits once
+    const Counted<int64_t> ends("roi", "ends of the taps", ends_.data(), count * bins);
     std::vector<RoiTable<T>> all(count);
     parallel_ranges(groups, 1, [&](int64_t first, int64_t last) {
       for (int64_t group = first; group < last; ++group) {
@@ -51,7 +53,7 @@ class RoiTables {
         std::vector<size_t> offsets;
         for (int64_t roi = begin; roi < end; ++roi) {
           offsets.push_back(taps_[group].size());
-          all[roi] = table_of(boxes + 5 * roi, roi, maps, options, ends_.data() + roi * bins, taps_[group]);
+          all[roi] = table_of(boxes + 5 * roi, roi, maps, options, ends.part(roi * bins, bins), taps_[group]);
         }
         for (int64_t roi = begin; roi < end; ++roi) all[roi].taps = taps_[group].data() + offsets[roi - begin];
       }
@@ -70,7 +72,8 @@ class RoiTables {
     std::sort(tables_.begin(), tables_.end(),
               [&](const RoiTable<T>& a, const RoiTable<T>& b) { return key(a) < key(b); });
     map_begins_.assign(size_t(maps.count) * images_ + 1, 0);
-    for (const RoiTable<T>& table : tables_) ++map_begins_[size_t(table.level) * images_ + table.image + 1];
+    const Counted<int64_t> counts("roi", "RoIs of the maps", map_begins_.data(), map_begins_.size());
+    for (const RoiTable<T>& table : tables_) ++counts[int64_t(table.level) * images_ + table.image + 1];
     for (size_t i = 1; i < map_begins_.size(); ++i) map_begins_[i] += map_begins_[i - 1];
   }
 
@@ -84,11 +87,11 @@ class RoiTables {
   }
 
  private:
-  static RoiTable<T> table_of(const T* box, int64_t roi, const RoiMaps<T>& maps, const RoiOptions& options, int* ends,
-                              std::vector<Tap<T>>& taps) {
+  static RoiTable<T> table_of(const T* box, int64_t roi, const RoiMaps<T>& maps, const RoiOptions& options,
+                              const Counted<int64_t>& ends, std::vector<Tap<T>>& taps) {
     const size_t offset = taps.size();
     const RoiPlace<T> place = place_roi(box, maps, options);
-    const auto add = [&](const RoiAxis<T>& axis, int* axis_ends, int& begin, int& end) {
+    const auto add = [&](const RoiAxis<T>& axis, int64_t first_bin, int& begin, int& end) {
       begin = axis.size;
       end = 0;
       for (int p = 0; p < axis.bins; ++p) {
@@ -97,18 +100,18 @@ class RoiTables {
           begin = min_of(begin, pixel);
           end = max_of(end, pixel + 1);
         });
-        axis_ends[p] = static_cast<int>(taps.size() - offset);
+        ends[first_bin + p] = static_cast<int64_t>(taps.size() - offset);
       }
     };
-    RoiTable<T> table{roi, place.image, place.level, 0, 0, 0, 0, options.bins_y, nullptr, ends};
-    add(place.y, ends, table.row_begin, table.row_end);
-    add(place.x, ends + options.bins_y, table.column_begin, table.column_end);
+    RoiTable<T> table{roi, place.image, place.level, 0, 0, 0, 0, options.bins_y, nullptr, ends.data()};
+    add(place.y, 0, table.row_begin, table.row_end);
+    add(place.x, options.bins_y, table.column_begin, table.column_end);
     return table;
   }
 
   int images_;
   std::vector<std::vector<Tap<T>>> taps_;
-  std::vector<int> ends_;
+  std::vector<int64_t> ends_;
   std::vector<RoiTable<T>> tables_;
   std::vector<int64_t> blank_;
   std::vector<int64_t> map_begins_;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/counted.h"
 #include "common/launch_cuda.cuh"
 #include "roi/roi_ops.h"
 
@@ -22,6 +23,14 @@ struct alignas(sizeof(S) * count) RoiPack {
 template <class S>
 bool packs_fit(const void* address, int64_t stride, int elements) {
   return reinterpret_cast<uintptr_t>(address) % (sizeof(S) * elements) == 0 && stride % elements == 0;
+}
+
+// The values of a slice of channels that a block makes of a RoI are counted in 32 bits.
+inline void check_slice(const char* op, int64_t slice, const RoiOptions& options) {
+  const int64_t values = slice * options.bins_y * options.bins_x;
+  if (values <= kMostRows) return;
+  fail(op, "output_size must make at most " + std::to_string(kMostRows) + " values of " + std::to_string(slice) +
+               " channels, got " + std::to_string(values));
 }
 
 // sums += weight * the pack at `source`
@@ -44,40 +53,46 @@ __device__ inline void store_pack(const T (&values)[count], S* target) {
 template <class T>
 struct SharedTaps {
   Tap<T>* taps;
-  int* begins;  // of each bin
+  int* begins;  // of each bin, and the end of the last
   int* counts;
-  int bins_y, bins_x;
+  int most, bins_y, bins_x;
 
-  __device__ SharedTaps(void* memory, const RoiOptions& options, int64_t most)
+  __device__ SharedTaps(void* memory, const RoiOptions& options, int most)
       : taps(static_cast<Tap<T>*>(memory)),
         begins(reinterpret_cast<int*>(taps + most)),
-        counts(begins + options.bins_y + options.bins_x),
+        counts(begins + options.bins_y + options.bins_x + 1),
+        most(most),
         bins_y(options.bins_y),
         bins_x(options.bins_x) {}
 
-  // By all threads of the block, which must not use the taps before a barrier.
-  __device__ void fill(const RoiPlace<T>& place) {
+  // By all threads of the block, which must not use the taps before a barrier. False, for all of them, where there is
+  // no room for the taps of this RoI.
+  __device__ bool fill(const RoiPlace<T>& place) {
     const int bins = bins_y + bins_x;
     for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
       counts[i] = static_cast<int>(i < bins_y ? most_taps_of_bin(place.y, i) : most_taps_of_bin(place.x, i - bins_y));
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
+    // No sum passes 2^31: what fits into shared memory has fewer than 2^14 bins, and 2^15 pixels of a side or samples.
+    for (int i = threadIdx.x; i <= bins; i += kRoiThreads) {
       int begin = 0;
       for (int before = 0; before < i; ++before) begin += counts[before];
       begins[i] = begin;
     }
     __syncthreads();
+    if (begins[bins] > most) return false;
     for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
-      Tap<T>* tap = taps + begins[i];
-      const auto add = [&](int pixel, T weight) { *tap++ = {pixel, weight}; };
+      const Counted<Tap<T>> of_bin("roi", "taps of a bin", taps + begins[i], counts[i]);
+      int count = 0;
+      const auto add = [&](int pixel, T weight) { of_bin[count++] = {pixel, weight}; };
       if (i < bins_y) {
         for_each_tap(place.y, i, add);
       } else {
         for_each_tap(place.x, i - bins_y, add);
       }
-      counts[i] = static_cast<int>(tap - taps) - begins[i];
+      counts[i] = count;
     }
+    return true;
   }
 
   __device__ const Tap<T>* y(int p) const { return taps + begins[p]; }
@@ -86,18 +101,32 @@ struct SharedTaps {
   __device__ int x_count(int p) const { return counts[bins_y + p]; }
 };
 
-// The room that SharedTaps needs for any RoI on these maps.
+// Bin (p, q) of a RoI that has too many taps for SharedTaps, in one plane.
+template <class T, class S>
+__device__ inline T average_of_bin(const RoiPlace<T>& place, int p, int q, const S* plane, const MapStrides& strides) {
+  T sum = T(0);
+  for_each_tap(place.y, p, [&](int row, T y) {
+    for_each_tap(place.x, q, [&](int column, T x) {
+      sum = fma(y * x, static_cast<T>(plane[row * strides.row + column * strides.column]), sum);
+    });
+  });
+  return sum;
+}
+
+// The room that SharedTaps needs on these maps, but for huge RoIs: see most_taps.
 template <class T>
 struct SharedTapsSize {
-  int64_t most = 0;
+  int most = 0;
   size_t bytes = 0;
 
   SharedTapsSize(const char* op, const RoiMaps<T>& maps, const RoiOptions& options) {
+    int64_t taps = 0;
     for (int i = 0; i < maps.count; ++i) {
-      most = std::max(most, most_taps(options, options.bins_y, maps.levels[i].height) +
+      taps = std::max(taps, most_taps(options, options.bins_y, maps.levels[i].height) +
                                 most_taps(options, options.bins_x, maps.levels[i].width));
     }
-    bytes = most * sizeof(Tap<T>) + 2 * sizeof(int) * (size_t(options.bins_y) + options.bins_x);
+    bytes = taps * sizeof(Tap<T>) + sizeof(int) * (2 * (size_t(options.bins_y) + options.bins_x) + 1);
+    most = static_cast<int>(min_of(taps, kMostRows));
     if (bytes <= kMostSharedBytes - 32 * 1024) return;
     fail(op, "maps and output_size must be small enough for a GPU's shared memory (188 KB), got a need of " +
                  std::to_string(bytes / 1024) + " KB");

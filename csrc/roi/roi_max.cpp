@@ -33,14 +33,16 @@ void roi_align_max_cpu(const RoiTensors<ComputeType<S>, const S>& map, const Com
   });
 }
 
-// Adds the gradient of a bin to the pixels that its winner at (y, x) read, [height, width, channels].
+// Adds the gradient of a bin to the pixels that its winner at (y, x) read: of [height, width, channels] the sums of
+// channel c.
 template <class T>
-DETOPS_HD void add_to_winner(T grad, T y, T x, int height, int width, int64_t channels, T* sums) {
-  if (y < T(-1)) return;
+DETOPS_HD void add_to_winner(T grad, T y, T x, int height, int width, int64_t channels, int64_t c,
+                             const Counted<T>& sums) {
+  if (!is_on_map(y, height) || !is_on_map(x, width)) return;
   const AxisSample<T> ys = axis_sample(y, height), xs = axis_sample(x, width);
   for (int row = ys.low; row <= ys.low + (ys.fraction != T(0)); ++row) {
     for (int column = xs.low; column <= xs.low + (xs.fraction != T(0)); ++column) {
-      sums[(int64_t(row) * width + column) * channels] += weight_in(ys, row) * weight_in(xs, column) * grad;
+      sums[(int64_t(row) * width + column) * channels + c] += weight_in(ys, row) * weight_in(xs, column) * grad;
     }
   }
 }
@@ -48,8 +50,8 @@ DETOPS_HD void add_to_winner(T grad, T y, T x, int height, int width, int64_t ch
 // Parts are a plane of an image, or some channels with channels_last. Each is written by one thread, all RoIs in the
 // order of the list.
 template <class S>
-void roi_max_backward_cpu(const S* grad, const ComputeType<S>* winners, const ComputeType<S>* boxes, int64_t count,
-                          const RoiOptions& options, const RoiTensors<ComputeType<S>, S>& out) {
+void roi_max_backward_cpu(const char* op, const S* grad, const ComputeType<S>* winners, const ComputeType<S>* boxes,
+                          int64_t count, const RoiOptions& options, const RoiTensors<ComputeType<S>, S>& out) {
   using T = ComputeType<S>;
   const int64_t channels = out.shape.channels, bins = int64_t(options.bins_y) * options.bins_x;
   const int height = out.shape.levels[0].height, width = out.shape.levels[0].width;
@@ -62,14 +64,15 @@ void roi_max_backward_cpu(const S* grad, const ComputeType<S>* winners, const Co
     for (int64_t item = next(); item >= 0; item = next()) {
       const int image = static_cast<int>(item / parts);
       const int64_t first = item % parts * together, used = min_of(together, channels - first);
-      const auto add = [&](T* into) {  // [pixels, used]
+      const auto add = [&](T* room) {  // [pixels, used]
+        const Counted<T> into(op, "gradients of the map", room, pixels * used);
         for (int64_t roi = 0; roi < count; ++roi) {
           if (image_of(boxes[5 * roi], out.shape.images) != image) continue;
           for (int64_t bin = 0; bin < bins; ++bin) {
             const int64_t offset = roi * channels * bins + bin_offset(out.channels_last, first, bin, channels, bins);
             for (int64_t c = 0; c < used; ++c) {
               const int64_t i = offset + c;
-              add_to_winner(static_cast<T>(grad[i]), ys[i], xs[i], height, width, used, into + c);
+              add_to_winner(static_cast<T>(grad[i]), ys[i], xs[i], height, width, used, c, into);
             }
           }
         }
@@ -124,11 +127,13 @@ std::tuple<Tensor, Tensor> pool(const char* op, const Tensor& input, const Tenso
 Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& winners, const Tensor& boxes,
                      const std::vector<int64_t>& sizes, double spatial_scale, const RoiOptions& options,
                      bool channels_last) {
-  const int64_t count = boxes.size(0);
+  check_map_sizes(op, sizes);
   check_floating(op, "grad", grad);
-  check_shape(op, "grad", grad, "[K, C, bins, bins]", {count, sizes[1], options.bins_y, options.bins_x});
   check_roi_boxes(op, boxes, 5, "grad", grad);
+  const int64_t count = boxes.size(0);
+  check_shape(op, "grad", grad, "[K, C, bins, bins]", {count, sizes[1], options.bins_y, options.bins_x});
   check_shape(op, "winners", winners, "[2, elements of grad]", {2, grad.numel()});
+  check_same_dtype(op, "winners", winners, "boxes", boxes);
   check_same_device(op, "winners", winners, "grad", grad);
   const Tensor dense = in_format(grad, channels_last), rows = as_contiguous(boxes), positions = as_contiguous(winners);
   const Tensor out = allocate_in_format(op, sizes, channels_last, grad.scalar_type(), grad);
@@ -142,8 +147,8 @@ Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& winners, 
     if (gpu) {
       DETOPS_GPU_ONLY(roi_max_backward_cuda<S>(op, dense, positions.const_data_ptr<T>(), rows, options, map));
     } else {
-      roi_max_backward_cpu<S>(dense.const_data_ptr<S>(), positions.const_data_ptr<T>(), rows.const_data_ptr<T>(), count,
-                              options, map);
+      roi_max_backward_cpu<S>(op, dense.const_data_ptr<S>(), positions.const_data_ptr<T>(), rows.const_data_ptr<T>(),
+                              count, options, map);
     }
   });
   return out;
@@ -151,27 +156,28 @@ Tensor pool_backward(const char* op, const Tensor& grad, const Tensor& winners, 
 
 std::tuple<Tensor, Tensor> roi_pool(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y,
                                     int64_t bins_x, bool keep_winners) {
-  return pool("roi_pool", input, boxes, spatial_scale, roi_options(RoiRule::kPool, bins_y, bins_x, 0, false),
-              keep_winners);
+  return pool("roi_pool", input, boxes, spatial_scale,
+              roi_options("roi_pool", RoiRule::kPool, bins_y, bins_x, 0, false), keep_winners);
 }
 
 Tensor roi_pool_backward(const Tensor& grad, const Tensor& winners, const Tensor& boxes, std::vector<int64_t> sizes,
                          double spatial_scale, int64_t bins_y, int64_t bins_x, bool channels_last) {
   return pool_backward("roi_pool", grad, winners, boxes, sizes, spatial_scale,
-                       roi_options(RoiRule::kPool, bins_y, bins_x, 0, false), channels_last);
+                       roi_options("roi_pool", RoiRule::kPool, bins_y, bins_x, 0, false), channels_last);
 }
 
 std::tuple<Tensor, Tensor> roi_align_max(const Tensor& input, const Tensor& boxes, double spatial_scale, int64_t bins_y,
                                          int64_t bins_x, int64_t sampling_ratio, bool aligned, bool keep_winners) {
   return pool("roi_align", input, boxes, spatial_scale,
-              roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned), keep_winners);
+              roi_options("roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned), keep_winners);
 }
 
 Tensor roi_align_max_backward(const Tensor& grad, const Tensor& winners, const Tensor& boxes,
                               std::vector<int64_t> sizes, double spatial_scale, int64_t bins_y, int64_t bins_x,
                               int64_t sampling_ratio, bool aligned, bool channels_last) {
   return pool_backward("roi_align", grad, winners, boxes, sizes, spatial_scale,
-                       roi_options(RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned), channels_last);
+                       roi_options("roi_align", RoiRule::kAlign, bins_y, bins_x, sampling_ratio, aligned),
+                       channels_last);
 }
 
 }  // namespace

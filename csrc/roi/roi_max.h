@@ -6,6 +6,7 @@
 // map where a bin is empty or a sample off the map, which counts as 0, wins.
 #pragma once
 
+#include "common/counted.h"
 #include "roi/roi_ops.h"
 
 namespace DETOPS_NAMESPACE {

@@ -41,7 +41,7 @@ struct WinnerGrad {
   int height, width;
 
   __device__ T weight(int64_t offset, int row, int column) const {
-    if (ys[offset] < T(-1)) return T(0);
+    if (!is_on_map(ys[offset], height) || !is_on_map(xs[offset], width)) return T(0);
     return weight_in(axis_sample(ys[offset], height), row) * weight_in(axis_sample(xs[offset], width), column);
   }
 
@@ -94,6 +94,7 @@ void roi_max_cuda(const RoiTensors<ComputeType<S>, const S>& map, const Tensor& 
   const int64_t work = channels * options.bins_y * options.bins_x / (2 * kRoiThreads);
   const int64_t slices = max_of<int64_t>(1, min_of(min_of(work, channels), ceil_div<int64_t>(1024, count)));
   const int64_t slice = ceil_div(channels, slices);
+  check_slice(options.rule == RoiRule::kPool ? "roi_pool" : "roi_align", slice, options);
   const CudaScope scope(boxes);
   const dim3 grid(static_cast<unsigned>(count), static_cast<unsigned>(ceil_div(channels, slice)));
   DETOPS_LAUNCH((roi_max_kernel<S>), grid, kRoiThreads, 0, scope.stream(), map, boxes.const_data_ptr<T>(), options,

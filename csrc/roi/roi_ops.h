@@ -30,6 +30,10 @@ inline Tensor in_format(const Tensor& tensor, bool channels_last) {
 // An uninitialised tensor [N, C, H, W] in the memory format.
 inline Tensor allocate_in_format(const char* op, const std::vector<int64_t>& sizes, bool channels_last,
                                  ScalarType dtype, const Tensor& like) {
+  constexpr double kMostElements = double(int64_t(1) << 60);  // so that products of sizes do not overflow
+  double elements = 1.0;
+  for (int64_t size : sizes) elements *= static_cast<double>(max_of<int64_t>(size, 1));
+  if (elements > kMostElements) fail(op, "the result must have at most 2^60 elements, got shape " + shape_text(sizes));
   if (!channels_last) return allocate(op, sizes, dtype, like);
   const int64_t channels = max_of<int64_t>(sizes[1], 1), row = channels * max_of<int64_t>(sizes[3], 1);
   return allocate_strided(op, sizes, {row * max_of<int64_t>(sizes[2], 1), 1, row, channels}, dtype, like);
@@ -39,6 +43,16 @@ inline void check_map(const char* op, const char* argument, const Tensor& map) {
   check_shape(op, argument, map, "[N, C, H, W]", {-1, -1, -1, -1});
   check_floating(op, argument, map);
   for (int64_t i = 0; i < 4; ++i) check_row_count(op, argument, map.size(i));
+}
+
+// `sizes` are those of `maps` maps that gradients are made of: N, C, and H and W of each.
+inline void check_map_sizes(const char* op, const std::vector<int64_t>& sizes, size_t maps = 1) {
+  bool fit = sizes.size() == 2 + 2 * maps;
+  for (int64_t size : sizes) fit = fit && size >= 0 && size <= kMostRows;
+  if (fit) return;
+  fail(op, "sizes must be N, C, and H and W of " +
+               (maps == 1 ? "the map" : "each of the " + std::to_string(maps) + " maps") + ", from 0 to " +
+               std::to_string(kMostRows) + ", got " + shape_text(sizes));
 }
 
 // `boxes` is [K, columns], the batch index first.
@@ -57,6 +71,9 @@ inline void check_roi_boxes(const char* op, const Tensor& boxes, int64_t columns
 // On the CPU. On a GPU this would need a synchronisation: RoIs of images that do not exist give zeros there.
 template <class T>
 void check_images(const char* op, const T* boxes, int64_t count, int64_t columns, int64_t images) {
+  if (count > 0 && images == 0) {
+    fail(op, "boxes must be none beside an input of 0 images, got " + std::to_string(count));
+  }
   for (int64_t i = 0; i < count; ++i) {
     if (image_of(boxes[i * columns], static_cast<int>(images)) >= 0) continue;
     fail(op, "boxes must have batch indices from 0 to " + std::to_string(images - 1) + " in the first column, got " +
@@ -64,9 +81,15 @@ void check_images(const char* op, const T* boxes, int64_t count, int64_t columns
   }
 }
 
-inline RoiOptions roi_options(RoiRule rule, int64_t bins_y, int64_t bins_x, int64_t sampling_ratio, bool aligned) {
-  const auto narrow = [](int64_t value) { return static_cast<int>(max_of<int64_t>(0, min_of(value, kMostRows))); };
-  return {rule, narrow(bins_y), narrow(bins_x), narrow(sampling_ratio), aligned};
+// The bins of a RoI are counted in 32 bits, and there is one at least.
+inline RoiOptions roi_options(const char* op, RoiRule rule, int64_t bins_y, int64_t bins_x, int64_t sampling_ratio,
+                              bool aligned) {
+  if (bins_y < 1 || bins_x < 1 || bins_y > kMostRows / bins_x) {
+    fail(op, "output_size must be positive and make at most " + std::to_string(kMostRows) + " bins, got " +
+                 std::to_string(bins_y) + " x " + std::to_string(bins_x));
+  }
+  const int64_t samples = max_of<int64_t>(0, min_of(sampling_ratio, kMostRows));
+  return {rule, static_cast<int>(bins_y), static_cast<int>(bins_x), static_cast<int>(samples), aligned};
 }
 
 // Maps of elements V (const or not), computed in T.

@@ -44,13 +44,15 @@ class PixelTables {
  public:
   template <class T>
   PixelTables(const T* boxes, int64_t count, const RoiMaps<T>& maps, const RoiOptions& options) {
-    ranges_.reserve(count * (options.bins_y + options.bins_x));
+    // As many as follow, so that they stay where they are.
+    ranges_.reserve(count * (int64_t(options.bins_y) + options.bins_x));
     for (int64_t roi = 0; roi < count; ++roi) {
       const RoiPlace<T> place = place_roi(boxes + 5 * roi, maps, options);
       const IndexRange* const y = ranges_.data() + ranges_.size();
       for (int p = 0; p < options.bins_y; ++p) ranges_.push_back(place.y.pixels(p));
       const IndexRange* const x = ranges_.data() + ranges_.size();
       for (int q = 0; q < options.bins_x; ++q) ranges_.push_back(place.x.pixels(q));
+      // Bins begin and end in ascending order, as floor and ceil of rising numbers do.
       const Columns columns =
           whole_columns(static_cast<int>(x[0].begin), static_cast<int>(x[options.bins_x - 1].end), place.x.size);
       tables_.push_back({roi, place.image, columns, y, x});

@@ -66,7 +66,8 @@ static __global__ void roi_group_kernel(int count, RoiBounds bounds) {
     const int roi = first + threadIdx.x;
     const bool own = roi < count && bounds.maps[roi] == map;
     const Rank rank = rank_in_block(own, votes);
-    if (own) bounds.order[begin + rank.before] = roi;
+    // Every RoI belongs to one map at most.
+    if (own) Counted<int>("roi", "RoIs of the maps", bounds.order, count)[begin + rank.before] = roi;
     begin += rank.total;
     __syncthreads();
   }
@@ -148,7 +149,7 @@ __global__ void roi_backward_kernel(Source source, const ComputeType<S>* boxes, 
   using T = ComputeType<S>;
   DETOPS_DYNAMIC_SHARED(T, memory);
   DETOPS_SHARED(unsigned, votes, kRoiWarps);
-  DETOPS_SHARED(int, touching, kRoiThreads);
+  DETOPS_SHARED(int, touching, kRoiThreads);  // one for each thread at most
   DETOPS_SHARED(int, ranges, 4 * kChunk);
   const ChunkWeights<T> weights{memory,
                                 memory + chunk * options.bins_y * kTile,
@@ -186,7 +187,7 @@ __global__ void roi_backward_kernel(Source source, const ComputeType<S>* boxes, 
       touches = pixels.x < top + kTile && pixels.y > top && pixels.z < left + kTile && pixels.w > left;
     }
     const Rank rank = rank_in_block(touches, votes);
-    if (touches) touching[rank.before] = bounds.order[i];
+    if (touches) Counted<int>("roi", "RoIs of a tile", touching, kRoiThreads)[rank.before] = bounds.order[i];
     for (int done = 0; done < rank.total; done += chunk) {
       const int count = min(chunk, rank.total - done);
       if (threadIdx.x < kChunk) {
@@ -246,7 +247,8 @@ void launch_roi_backward(const char* op, const Source& source, const Tensor& box
                          const RoiTensors<ComputeType<S>, S>& out) {
   using T = ComputeType<S>;
   const int64_t count = boxes.size(0);
-  const int maps = out.shape.count * out.shape.images;
+  const int64_t maps = int64_t(out.shape.count) * out.shape.images;
+  if (maps > kMostRows) fail(op, "there must be at most 2^31 maps of images, got " + std::to_string(maps));
   Tiles tiles{};
   for (int level = 0; level < out.shape.count; ++level) {
     const int64_t rows = ceil_div(out.shape.levels[level].height, kTile);
