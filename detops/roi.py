@@ -6,7 +6,8 @@ All functions share these rules, on every device:
 
 - Boxes are xyxy in pixels of the image: a tensor [K, 5] whose first column is the batch index, or a list with one
   tensor [L, 4] for each image. `spatial_scale` brings them onto the map. They are taken as float32 (float64 beside
-  float64 features), whatever their dtype.
+  float64 features), whatever their dtype. In a [K, 5] of half precision the batch index is rounded as all of it: from
+  image 257 on in bfloat16, and 2,049 in float16, it may name another image. Lists have no such limit.
 - Results have the dtype and the memory format of the features: channels_last gives channels_last. float16 and bfloat16
   are computed in float32 and rounded once.
 - Gradients go to the features, not to the boxes. They are the same bits on every run, as are the results.
@@ -17,6 +18,7 @@ All functions share these rules, on every device:
 """
 
 import math
+import operator
 from itertools import pairwise
 
 import torch
@@ -24,7 +26,7 @@ import torch.fx
 from torch import Tensor
 from torch.nn.functional import pad
 
-from . import _library
+from . import _checks, _library
 from ._library import register_autograd, register_fake
 
 
@@ -66,7 +68,7 @@ def roi_align(
 
     Raises:
         ValueError: `output_size` or `spatial_scale` is not positive, `sampling_ratio` above 4096, or `mode` unknown.
-        BoxFormatError: `boxes` is none of the above.
+        BoxFormatError: `boxes` is none of the above, or a list of more tensors with boxes than there are images.
         RuntimeError: a wrong shape, dtype or device, or a batch index out of range (on the CPU).
 
     Example:
@@ -82,8 +84,9 @@ def roi_align(
     if mode not in ("avg", "max"):
         raise ValueError(f"{op}: mode must be 'avg' or 'max', got {mode!r}")
     bins_y, bins_x = _pair(op, output_size)
-    _check_scale(op, "spatial_scale", spatial_scale)
-    _check_samples(op, sampling_ratio)
+    spatial_scale = _scale(op, "spatial_scale", spatial_scale)
+    sampling_ratio = _samples(op, sampling_ratio)
+    aligned = bool(aligned)
     rows = _rows(op, boxes, input)
     if mode == "max":
         keep = _needs_gradient(input)
@@ -116,7 +119,7 @@ def roi_align_rotated(
 
     Raises:
         ValueError: `output_size` or `spatial_scale` is not positive.
-        BoxFormatError: `boxes` is none of the above.
+        BoxFormatError: `boxes` is none of the above, or a list of more tensors with boxes than there are images.
         RuntimeError: a wrong shape, dtype or device, or a batch index out of range (on the CPU).
 
     Example:
@@ -130,8 +133,8 @@ def roi_align_rotated(
     """
     op = "roi_align_rotated"
     bins_y, bins_x = _pair(op, output_size)
-    _check_scale(op, "spatial_scale", spatial_scale)
-    _check_samples(op, sampling_ratio)
+    spatial_scale = _scale(op, "spatial_scale", spatial_scale)
+    sampling_ratio = _samples(op, sampling_ratio)
     rows = _rows(op, boxes, input, coordinates=5)
     return _library.ops.roi_align_rotated(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio)
 
@@ -170,7 +173,7 @@ def multi_scale_roi_align(
     Raises:
         ValueError: `output_size`, a spatial scale or `canonical_scale` is not positive, or the scales of several maps
             are not as above.
-        BoxFormatError: `boxes` is none of the above.
+        BoxFormatError: `boxes` is none of the above, or a list of more tensors with boxes than there are images.
         RuntimeError: wrong shapes, dtypes or devices, maps that differ in N, C or dtype, or a batch index out of range
             (on the CPU).
 
@@ -184,12 +187,13 @@ def multi_scale_roi_align(
     by itself.
     """
     op = "multi_scale_roi_align"
-    for scale in spatial_scales:
-        _check_scale(op, "spatial_scales", scale)
+    spatial_scales = [
+        _scale(op, "spatial_scales", scale) for scale in _checks.numbers(op, "spatial_scales", spatial_scales)
+    ]
     for scale, next_scale in pairwise(spatial_scales):
         if next_scale != scale / 2 or not math.log2(scale).is_integer():
             raise ValueError(
-                f"{op}: spatial_scales must be powers of two, each half of the one before, got {list(spatial_scales)}"
+                f"{op}: spatial_scales must be powers of two, each half of the one before, got {spatial_scales}"
             )
     return pool_levels(
         features, boxes, output_size, spatial_scales, sampling_ratio, aligned, canonical_scale, canonical_level
@@ -205,8 +209,11 @@ def pool_levels(
     """
     op = "multi_scale_roi_align"
     bins_y, bins_x = _pair(op, output_size)
-    _check_scale(op, "canonical_scale", canonical_scale)
-    _check_samples(op, sampling_ratio)
+    canonical_scale = _scale(op, "canonical_scale", canonical_scale)
+    canonical_level = _checks.integer(op, "canonical_level", canonical_level)
+    sampling_ratio = _samples(op, sampling_ratio)
+    aligned = bool(aligned)
+    _checks.check_tensor_list(op, "features", features)
     if not features:
         raise ValueError(f"{op}: features must be 1 to 8 maps, got none")
     _library.refuse_forward_mode(op, *features)
@@ -216,49 +223,81 @@ def pool_levels(
     )
 
 
+_MOST_BINS = 2**31 - 2**16  # of a RoI
+
+
 def _pair(op: str, output_size) -> tuple[int, int]:
-    sizes = (output_size, output_size) if isinstance(output_size, int | torch.SymInt) else tuple(output_size)
+    sizes = _whole_numbers(output_size)
     if len(sizes) != 2 or not all(size >= 1 for size in sizes):
-        raise ValueError(f"{op}: output_size must be one or two positive numbers, got {output_size}")
+        raise ValueError(f"{op}: output_size must be one or two positive whole numbers, got {output_size!r}")
+    if sizes[0] * sizes[1] > _MOST_BINS:
+        raise ValueError(f"{op}: output_size must make at most {_MOST_BINS} bins, got {output_size!r}")
     return sizes
+
+
+def _whole_numbers(output_size) -> tuple:
+    """One number twice, or each of a sequence; of numbers all that `operator.index` takes."""
+    if isinstance(output_size, int | torch.SymInt):
+        return output_size, output_size
+    if isinstance(output_size, tuple | list) and all(isinstance(size, int | torch.SymInt) for size in output_size):
+        return tuple(output_size)
+    try:
+        size = operator.index(output_size)
+        return size, size
+    except TypeError:
+        pass
+    try:
+        return tuple(size if isinstance(size, torch.SymInt) else operator.index(size) for size in output_size)
+    except TypeError:
+        return ()
 
 
 _MOST_SAMPLES = 4096  # along each axis of a bin: 16 million in all, which takes a while but ends
 
 
-def _check_samples(op: str, sampling_ratio: int) -> None:
+def _samples(op: str, sampling_ratio) -> int:
+    sampling_ratio = _checks.integer(op, "sampling_ratio", sampling_ratio)
     if sampling_ratio > _MOST_SAMPLES:
         raise ValueError(f"{op}: sampling_ratio must be at most {_MOST_SAMPLES}, got {sampling_ratio}")
+    return sampling_ratio
 
 
-def _check_scale(op: str, name: str, scale: float) -> None:
+def _scale(op: str, name: str, scale) -> float:
+    scale = _checks.number(op, name, scale)
     if not 0 < scale < math.inf:  # so that NaN fails too
         raise ValueError(f"{op}: {name} must be positive and finite, got {scale}")
+    return scale
 
 
 def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int = 4) -> Tensor:
     """RoIs as one tensor [K, 1 + coordinates] in the dtype of the computation, batch index first."""
+    _checks.check_tensors(op, input=input)
     _library.refuse_forward_mode(op, input)
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(boxes, Tensor):
         if boxes.ndim != 2 or boxes.shape[1] != coordinates + 1:
             raise BoxFormatError(f"{op}: boxes must have shape [K, {coordinates + 1}], got {list(boxes.shape)}")
-        rows = boxes
-    else:
-        for each in boxes if isinstance(boxes, list | tuple) else (boxes,):
-            if not isinstance(each, Tensor) or each.ndim != 2 or each.shape[1] != coordinates:
-                got = list(each.shape) if isinstance(each, Tensor) else type(each).__name__
-                raise BoxFormatError(
-                    f"{op}: boxes must be a tensor [K, {coordinates + 1}] or a list of tensors [L, {coordinates}], "
-                    f"got {got}"
-                )
-        if len(boxes) == 0:
-            rows = input.new_zeros(0, coordinates + 1)
-        else:
-            each_with_index = [pad(each, (1, 0), value=i) for i, each in enumerate(boxes)]
-            rows = torch.cat(each_with_index)
-    _library.refuse_complex(op, "boxes", rows)
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    return rows.detach().to(dtype)
+        _library.refuse_complex(op, "boxes", boxes)
+        return boxes.detach().to(dtype)
+    for each in boxes if isinstance(boxes, list | tuple) else (boxes,):
+        if not isinstance(each, Tensor) or each.ndim != 2 or each.shape[1] != coordinates:
+            got = list(each.shape) if isinstance(each, Tensor) else _checks.kind_of(each)
+            raise BoxFormatError(
+                f"{op}: boxes must be a tensor [K, {coordinates + 1}] or a list of tensors [L, {coordinates}], "
+                f"got {got}"
+            )
+        _library.refuse_complex(op, "boxes", each)
+    # Compiled code would be bound to a batch of this size or more; there the op itself looks at the indices.
+    if not torch.compiler.is_compiling() and input.ndim > 0 and any(len(each) for each in boxes[input.shape[0] :]):
+        raise BoxFormatError(
+            f"{op}: boxes must be a list of one tensor for each of the {input.shape[0]} images at most, "
+            f"got {len(boxes)} tensors"
+        )
+    if len(boxes) == 0:
+        return input.new_zeros(0, coordinates + 1, dtype=dtype)
+    # The image's number stands beside the boxes only once they have the dtype of the computation: it would not fit
+    # into half precision.
+    return torch.cat([pad(each.detach().to(dtype), (1, 0), value=i) for i, each in enumerate(boxes)])
 
 
 def _needs_gradient(input: Tensor) -> bool:

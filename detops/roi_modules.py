@@ -1,11 +1,12 @@
 """The RoI ops as modules, with torchvision's constructors."""
 
 import math
+from collections.abc import Sequence
 
 import torch.fx
 from torch import Tensor, nn
 
-from .roi import pool_levels, roi_align
+from .roi import _pair, pool_levels, roi_align
 from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
 
 
@@ -104,7 +105,12 @@ class MultiScaleRoIAlign(_RoIModule):
         canonical_level: see there.
 
     Called with a dict of maps, boxes [L, 4] for each image and the images' (height, width), it returns
-    [K, C, height, width]. The scale of a map is the power of two next to its height by the largest image's.
+    [K, C, height, width].
+
+    Images come padded, and how far is not told. So the scale of a map is the power of two next to its side by that of
+    the largest image, of the longer side of the images, on which padding weighs least. Images that are mostly padding
+    along that side too, as one of 20 x 20 in 32 x 32 pixels, cannot be told from larger ones without: their scales come
+    out too large. `detops.multi_scale_roi_align` takes scales.
 
     Raises:
         ValueError: there is no image, no map of these names, or a step between the maps is not a half.
@@ -115,7 +121,8 @@ class MultiScaleRoIAlign(_RoIModule):
         >>> pool(maps, [torch.tensor([[10., 10., 90., 60.]])], [(256, 256)]).shape
         torch.Size([1, 8, 7, 7])
 
-    Source: torchvision.ops.MultiScaleRoIAlign, which keeps the scales of its first call.
+    Source: torchvision.ops.MultiScaleRoIAlign, which goes by the height alone, so that it takes an image of 11 x 100 in
+    32 x 128 pixels for one four times as large, and which keeps the scales of its first call.
     """
 
     options = ("featmap_names", "output_size", "sampling_ratio")
@@ -131,7 +138,7 @@ class MultiScaleRoIAlign(_RoIModule):
     ) -> None:
         super().__init__()
         self.featmap_names = featmap_names
-        self.output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+        self.output_size = _pair("MultiScaleRoIAlign", output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level
@@ -158,14 +165,15 @@ def _pool_pyramid(
         raise ValueError(f"MultiScaleRoIAlign: the maps must include some of {names}, got {list(x)}")
     if not image_shapes:
         raise ValueError("MultiScaleRoIAlign: image_shapes must name at least one image, got none")
-    height = max(shape[0] for shape in image_shapes)
-    octaves = [round(math.log2(map.shape[-2] / height)) for map in maps]
+    image = tuple(max(shape[axis] for shape in image_shapes) for axis in (0, 1))
+    octaves = [octave_of(map.shape[-2:], image) for map in maps]
     # In maps of few pixels rounding hides a step, and torchvision leaves the last of them unused. With more levels than
     # maps, or none, it returns zeros.
     if not 0 <= octaves[0] - octaves[-1] < len(maps):
+        axis = _longer_side(image)
         raise ValueError(
-            f"MultiScaleRoIAlign: the maps must each be half as high as the one before, got heights "
-            f"{[map.shape[-2] for map in maps]} for images of {height}"
+            f"MultiScaleRoIAlign: the maps must each be half as {('high', 'wide')[axis]} as the one before, got "
+            f"{('heights', 'widths')[axis]} {[map.shape[axis - 2] for map in maps]} for images of {image[axis]}"
         )
     return pool_levels(
         maps,
@@ -177,3 +185,22 @@ def _pool_pyramid(
         canonical_scale,
         canonical_level,
     )
+
+
+def octave_of(map: Sequence[int], image: Sequence[int]) -> int:
+    """log2 of the scale of a map of this size, of images padded from this size: the longer side has the answer."""
+    axis = _longer_side(image)
+    if not map[axis] > 0 or not image[axis] > 0:
+        raise ValueError(f"MultiScaleRoIAlign: maps and images must have a pixel, got a map of {list(map)} for {image}")
+    return round(math.log2(map[axis] / image[axis]))
+
+
+def _longer_side(image: Sequence[int]) -> int:
+    """Its axis."""
+    return 0 if image[0] >= image[1] else 1
+
+
+torch.fx.wrap("roi_align")
+torch.fx.wrap("roi_pool")
+torch.fx.wrap("ps_roi_align")
+torch.fx.wrap("ps_roi_pool")

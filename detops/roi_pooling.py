@@ -10,8 +10,6 @@ from torch import Tensor
 from . import _library
 from ._library import register_fake
 from .roi import (
-    _check_samples,
-    _check_scale,
     _empty,
     _empty_max,
     _is_channels_last,
@@ -20,6 +18,8 @@ from .roi import (
     _register_average,
     _register_maximum,
     _rows,
+    _samples,
+    _scale,
 )
 
 
@@ -44,7 +44,7 @@ def roi_pool(
 
     Raises:
         ValueError: `output_size` or `spatial_scale` is not positive.
-        BoxFormatError: `boxes` is none of the above.
+        BoxFormatError: `boxes` is none of the above, or a list of more tensors with boxes than there are images.
         RuntimeError: a wrong shape, dtype or device, or a batch index out of range (on the CPU).
 
     Example:
@@ -57,7 +57,7 @@ def roi_pool(
     """
     op = "roi_pool"
     bins_y, bins_x = _pair(op, output_size)
-    _check_scale(op, "spatial_scale", spatial_scale)
+    spatial_scale = _scale(op, "spatial_scale", spatial_scale)
     rows = _rows(op, boxes, input)
     return _library.ops.roi_pool(input, rows, spatial_scale, bins_y, bins_x, _needs_gradient(input))[0]
 
@@ -89,7 +89,7 @@ def ps_roi_align(
 
     Raises:
         ValueError: `output_size` or `spatial_scale` is not positive.
-        BoxFormatError: `boxes` is none of the above.
+        BoxFormatError: `boxes` is none of the above, or a list of more tensors with boxes than there are images.
         RuntimeError: a wrong shape, dtype or device, a number of channels that does not fit `output_size`, or a batch
             index out of range (on the CPU).
 
@@ -103,8 +103,8 @@ def ps_roi_align(
     """
     op = "ps_roi_align"
     bins_y, bins_x = _pair(op, output_size)
-    _check_scale(op, "spatial_scale", spatial_scale)
-    _check_samples(op, sampling_ratio)
+    spatial_scale = _scale(op, "spatial_scale", spatial_scale)
+    sampling_ratio = _samples(op, sampling_ratio)
     rows = _rows(op, boxes, input)
     return _library.ops.ps_roi_align(input, rows, spatial_scale, bins_y, bins_x, sampling_ratio)
 
@@ -130,7 +130,7 @@ def ps_roi_pool(
 
     Raises:
         ValueError: `output_size` or `spatial_scale` is not positive.
-        BoxFormatError: `boxes` is none of the above.
+        BoxFormatError: `boxes` is none of the above, or a list of more tensors with boxes than there are images.
         RuntimeError: a wrong shape, dtype or device, a number of channels that does not fit `output_size`, or a batch
             index out of range (on the CPU).
 
@@ -145,7 +145,7 @@ def ps_roi_pool(
     """
     op = "ps_roi_pool"
     bins_y, bins_x = _pair(op, output_size)
-    _check_scale(op, "spatial_scale", spatial_scale)
+    spatial_scale = _scale(op, "spatial_scale", spatial_scale)
     return _library.ops.ps_roi_pool(input, _rows(op, boxes, input), spatial_scale, bins_y, bins_x)
 
 

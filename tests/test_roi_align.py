@@ -234,7 +234,12 @@ def test_formats_of_boxes_that_raise(device):
     for boxes, got in ((rows, r"\[2, 4\]"), (rows[0], r"\[4\]")):
         with pytest.raises(BoxFormatError, match=rf"^roi_align: boxes must have shape \[K, 5\], got {got}$"):
             detops.roi_align(input, boxes, 2)
-    for boxes, got in (([torch.ones(2, 5)], r"\[2, 5\]"), ([[0, 0, 1, 1]], "list"), (3, "int"), ([rows[0]], r"\[4\]")):
+    for boxes, got in (
+        ([torch.ones(2, 5)], r"\[2, 5\]"),
+        ([[0, 0, 1, 1]], "a list"),
+        (3, "an int"),
+        ([rows[0]], r"\[4\]"),
+    ):
         match = rf"^roi_align: boxes must be a tensor \[K, 5\] or a list of tensors \[L, 4\], got {got}$"
         with pytest.raises(BoxFormatError, match=match) as raised:
             detops.roi_align(input, boxes, 2)
@@ -244,7 +249,7 @@ def test_formats_of_boxes_that_raise(device):
 def test_errors(device):
     input, boxes = torch.ones(1, 1, 4, 4, device=device.torch), torch.zeros(1, 5, device=device.torch)
     for output_size in (0, (0, 2), (2,), (2, 2, 2), -1):
-        with pytest.raises(ValueError, match=r"^roi_align: output_size must be one or two positive numbers, got "):
+        with pytest.raises(ValueError, match=r"^roi_align: output_size must be one or two positive whole numbers, got "):
             detops.roi_align(input, boxes, output_size)
     for scale in (0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match=rf"^roi_align: spatial_scale must be positive and finite, got {scale}$"):
