@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 import detops
 
 from .. import _library
+from ..roi_modules import octave_of
 
 BOXES = "torchvision.ops.boxes"
 
@@ -232,6 +233,21 @@ def _ps_roi_pool(original, input, boxes, output_size, spatial_scale):
     return run(input, boxes, output_size, spatial_scale)
 
 
+@instead_of("torchvision.ops.poolers", "_infer_scale")
+def _infer_scale(original, feature, original_size):
+    if takes(feature) and min(*feature.shape[-2:], *original_size) > 0:
+        return 2.0 ** octave_of(feature.shape[-2:], original_size)
+    return original(feature, original_size)
+
+
+@instead_of("torchvision.ops.poolers", "_convert_to_roi_format")
+def _convert_to_roi_format(original, boxes):
+    # Half precision has no room for the number of every image; roi_align takes boxes of another dtype than its input.
+    if boxes and takes(*boxes) and all(each.dtype in (torch.float16, torch.bfloat16) for each in boxes):
+        boxes = [each.float() for each in boxes]
+    return original(boxes)
+
+
 @instead_of("torchvision.ops.poolers", "_multiscale_roi_align")
 def _multiscale_roi_align(original, x_filtered, boxes, output_size, sampling_ratio, scales, mapper):
     if not _takes_bins(output_size, sampling_ratio) or not _is_pyramid(x_filtered, boxes, scales, mapper):
@@ -248,11 +264,13 @@ def _multiscale_roi_align(original, x_filtered, boxes, output_size, sampling_rat
 
 
 def _is_pyramid(maps, boxes, scales, mapper) -> bool:
-    """Whether the levels are those of detops: each half of the one before, and of one kind."""
-    if not scales or mapper is None or not 2 <= len(maps) <= 8 or not boxes or not takes(*maps, *boxes):
+    """Whether the levels are those of detops: each half of the one before, and of one kind; or one map alone."""
+    if not scales or mapper is None or not 1 <= len(maps) <= 8 or not boxes or not takes(*maps, *boxes):
         return False
     if not all(map(_is_scale, (*scales, mapper.s0))) or not isinstance(mapper.lvl0, int):
         return False
+    if len(maps) == 1:
+        return len(scales) == 1
     levels = [-math.log2(scale) for scale in scales]
     return (
         levels == list(range(mapper.k_min, mapper.k_max + 1))
