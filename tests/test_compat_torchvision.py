@@ -663,6 +663,23 @@ class TestLeftToTorchvision:
         with in_place():
             torch.testing.assert_close(pool(maps, boxes, [(128, 128)]), expected)
 
+    def test_scales_of_oblong_images(self, torchvision, in_place):
+        x = torch.arange(32.0).add(0.5).mul(4).expand(1, 1, 8, -1)
+        boxes, image = [torch.tensor([[30.0, 2, 70, 4]])], [(11, 100)]
+        with in_place():
+            pooled = torchvision.ops.MultiScaleRoIAlign(["0"], 2, 2)({"0": x}, boxes, image)
+        torch.testing.assert_close(pooled[0, 0], torch.tensor([42.0, 62]).expand(2, 2))
+
+    @pytest.mark.parametrize("names", [["a"], ["a", "b"], ["a", "c"]], ids="".join)
+    def test_lists_of_half_precision_boxes_for_many_images(self, torchvision, in_place, names):
+        numbers = torch.arange(299.0).view(-1, 1, 1, 1)
+        maps = {name: numbers.expand(-1, 1, side, side) for name, side in zip("abc", (16, 8, 4), strict=True)}
+        boxes = [torch.tensor([[0, 0, 8, 8]], dtype=torch.bfloat16)] * 299
+        with in_place():
+            pooled = torchvision.ops.MultiScaleRoIAlign(names, 1, 2)(maps, boxes, [(16, 16)] * 299)
+            aligned = torchvision.ops.roi_align(maps["a"], boxes, 1)
+        assert pooled.flatten().round().tolist() == aligned.flatten().round().tolist() == list(range(299))
+
     def test_a_matcher_of_ones_own(self, torchvision, in_place):
         from torchvision.models.detection._utils import Matcher
 

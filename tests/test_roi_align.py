@@ -249,7 +249,9 @@ def test_formats_of_boxes_that_raise(device):
 def test_errors(device):
     input, boxes = torch.ones(1, 1, 4, 4, device=device.torch), torch.zeros(1, 5, device=device.torch)
     for output_size in (0, (0, 2), (2,), (2, 2, 2), -1):
-        with pytest.raises(ValueError, match=r"^roi_align: output_size must be one or two positive whole numbers, got "):
+        with pytest.raises(
+            ValueError, match=r"^roi_align: output_size must be one or two positive whole numbers, got "
+        ):
             detops.roi_align(input, boxes, output_size)
     for scale in (0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match=rf"^roi_align: spatial_scale must be positive and finite, got {scale}$"):

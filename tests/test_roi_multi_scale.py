@@ -198,6 +198,26 @@ def test_multi_scale_module(device, layout):
         detops.MultiScaleRoIAlign(["p9"], 2, 2)(maps, lists, [(80, 112)])
 
 
+@pytest.mark.parametrize("image", [(11, 100), (22, 110), (9, 900), (5, 640), (100, 11), (640, 5), (64, 64)], ids=str)
+def test_scales_of_oblong_images(device, image):
+    # Padding to multiples of 32 weighs much on the shorter side; the scale is that of the longer one.
+    height, width = (-(-side // 32) * 8 for side in image)
+    y, x = (torch.arange(float(side)).add(0.5).mul(4) for side in (height, width))
+    maps = {"0": torch.stack([y[:, None].expand(-1, width), x.expand(height, -1)])[None].to(device.torch)}
+    # Of ramps that say where a pixel lies in the image, half a pixel of the map off, as coordinates are.
+    long = max(image)
+    box = [0.3 * long, 2, 0.7 * long, 4] if image[1] >= image[0] else [2, 0.3 * long, 4, 0.7 * long]
+    pooled = detops.MultiScaleRoIAlign(["0"], 2, 2)(maps, [device.put([box])], [image])
+    along = to_numpy(pooled[0, 1, 0] if image[1] >= image[0] else pooled[0, 0, :, 0])
+    np.testing.assert_allclose(along, [0.4 * long + 2, 0.6 * long + 2], rtol=1e-5)
+
+
+def test_maps_and_images_without_a_pixel():
+    for height, image in ((0, (8, 8)), (4, (0, 0))):
+        with pytest.raises(ValueError, match="^MultiScaleRoIAlign: maps and images must have a pixel, got a map of "):
+            detops.MultiScaleRoIAlign(["0"], 2, 2)({"0": torch.ones(1, 1, height, 4)}, [torch.ones(1, 4)], [image])
+
+
 @pytest.mark.parametrize("ratio", [0, 2])
 def test_multi_scale_module_equals_torchvision(torchvision, device, layout, ratio):
     names = ["0", "1", "2"]

@@ -281,7 +281,9 @@ def test_errors(device):
             function(input, boxes, 3)
     for function in (detops.roi_pool, detops.ps_roi_align, detops.ps_roi_pool, detops.roi_align_rotated):
         name, columns = function.__name__, 6 if function is detops.roi_align_rotated else 5
-        with pytest.raises(ValueError, match=rf"^{name}: output_size must be one or two positive whole numbers, got 0$"):
+        with pytest.raises(
+            ValueError, match=rf"^{name}: output_size must be one or two positive whole numbers, got 0$"
+        ):
             function(input, boxes, 0)
         with pytest.raises(ValueError, match=rf"^{name}: spatial_scale must be positive and finite, got 0$"):
             function(input, boxes, 2, 0)
