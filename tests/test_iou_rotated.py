@@ -199,6 +199,74 @@ def test_published_failures(device, case):
         check(boxes1 * mirrored, boxes2 * mirrored, atol=atol)
 
 
+# A corner of the second box lies on a side of the first: rounded, the polygon crosses the line of that side four times.
+# Each crossing more than two made a vertex more than there can be, which was written beyond the others.
+CROSSED_OFTEN = {
+    torch.float32: (
+        *([0, 0, 7.8777775764465332, 8.1759872436523438, 0],),
+        *([-0.82365238666534424, 1.2137396335601807, 9.9898672103881836, 4.8964371681213379, -57.222854614257812],),
+        0.5077034,
+    ),
+    torch.float64: (
+        *([0, 0, 11.506014700617659, 16.874260617442079, 0],),
+        *([3.0085160799425426, -1.8671432374173087, 19.319880234975024, 10.317864093405632, -64.969696688306442],),
+        0.4751440014556918,
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", CROSSED_OFTEN)
+def test_a_line_is_crossed_twice_at_most(device, dtype):
+    box1, box2, iou = CROSSED_OFTEN[dtype]
+    boxes1, boxes2 = device.put([box1], dtype), device.put([box2], dtype)
+    for got in (check(boxes1, boxes2), check(boxes2, boxes1)):
+        assert got.item() == pytest.approx(iou, abs=TOLERANCE[dtype])
+    both = torch.cat([boxes1, boxes2])
+    assert detops.nms_rotated(both, device.put([0.9, 0.8]), 0.3).tolist() == [0]
+
+
+def boxes_on_lines(n, seed=0):
+    """Two times [n, 5]: whole numbers, equal and nearly equal boxes, and boxes with a corner on the line of a side."""
+    rng = np.random.default_rng(seed)
+    boxes = rng.integers(1, 13, (2, n, 5)).astype(np.float64)
+    turns = [
+        rng.integers(-12, 13, (2, n)) * 15.0,
+        rng.integers(-360, 361, (2, n)) * 1.0,
+        rng.uniform(-360, 360, (2, n)),
+    ]
+    boxes[..., 4] = np.choose(rng.integers(0, 3, (2, n)), turns)
+    first, second = boxes
+    kind = rng.integers(0, 4, n)
+    second[kind == 0] = (
+        first[kind == 0] * (1 + 10.0 ** -rng.integers(3, 10, (n, 1)) * rng.uniform(-1, 1, (n, 5)))[kind == 0]
+    )
+    on_line = kind > 1
+    first[on_line, 2:4], second[on_line, 2:4] = rng.uniform(0.5, 20, (2, on_line.sum(), 2))
+    first[kind == 2, 4] = 0
+
+    def in_image(box, x, y):  # a point in the frame of a box
+        cos, sin = reference.cos_sin(box[:, 4])
+        return np.stack([x * cos + y * sin, y * cos - x * sin], 1)
+
+    signs = rng.choice([-0.5, 0.5], (4, n))
+    along = np.where(rng.random((2, n)) < 0.5, signs[2:], rng.uniform(-0.5, 0.5, (2, n)))
+    corner = in_image(second, signs[0] * second[:, 2], signs[1] * second[:, 3])
+    point = in_image(first, along[0] * first[:, 2], along[1] * first[:, 3])
+    second[on_line, :2] = (first[:, :2] + point - corner)[on_line]
+    return first, second
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_boxes_on_lines(device, dtype):
+    boxes1, boxes2 = (device.put(boxes, dtype) for boxes in boxes_on_lines(device.limit(300_000, 10_000)))
+    iou, other_way = (rotated_iou(*pair, aligned=True) for pair in ((boxes1, boxes2), (boxes2, boxes1)))
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(iou, other_way, rtol=0, atol=tolerance)
+    assert torch.equal(rotated_iou(boxes1, boxes1, aligned=True), torch.ones_like(iou))
+    check(boxes1[:1500], boxes2[:1500], aligned=True)
+    check(boxes2[:1500], boxes1[:1500], aligned=True)
+
+
 @pytest.mark.parametrize("off", [1e-3, 1e-4, 1e-5, 1e-6, 1e-7])
 def test_nearly_identical_boxes(device, off):
     rng = np.random.default_rng(0)
@@ -256,6 +324,32 @@ def test_large_angles(device, turns):
         atol = TOLERANCE[dtype] * (1 if dtype == torch.float32 else turns)  # the reference's own angle is rounded
         first, second = device.put(boxes1, dtype), device.put(boxes2, dtype)
         np.testing.assert_allclose(to_numpy(rotated_iou(first, second)), expected_of(first, second), rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "angle"),
+    [*((torch.float32, angle) for angle in (1e17, 1e30, 3e38)), *((torch.float64, angle) for angle in (1e17, 1e300))],
+)
+def test_angles_of_any_size(device, dtype, angle):
+    # A difference of angles of which one is far larger would lose the other.
+    boxes1, boxes2 = inputs.rotated_boxes(40), inputs.rotated_boxes(40, seed=1)
+    boxes1[:, 4] = np.nextafter(angle, np.inf) * np.sign(boxes1[:, 4])
+    first, second = device.put(boxes1, dtype), device.put(boxes2, dtype)
+    within = to_numpy(first).astype(np.float64)
+    within[:, 4] = np.fmod(within[:, 4], 360)
+    expected = reference.rotated_box_iou(within, to_numpy(second).astype(np.float64))
+    for got in (rotated_iou(first, second), rotated_iou(second, first).T):
+        np.testing.assert_allclose(to_numpy(got), expected, rtol=0, atol=TOLERANCE[dtype])
+    assert (rotated_iou(first, first, aligned=True) == 1).all()
+
+
+def test_differences_that_overflow(device):
+    """Centres on both ends of float32, and angles: finite boxes give no NaN."""
+    most = 3e38
+    boxes = device.put([[-most, 0, 2, 2, 0], [most, 0, 2, 2, 0], [0, -most, 2, 2, 30], [most, most, 2, 2, most]])
+    assert torch.equal(rotated_iou(boxes, boxes), torch.eye(4, device=boxes.device))
+    turned = device.put([[0, 0, 3, 2, -most], [0, 0, 3, 2, most]])
+    assert rotated_iou(turned, turned).isfinite().all()
 
 
 def test_quarter_turns_give_what_upright_boxes_give(device):
