@@ -155,6 +155,20 @@ def test_no_pairs_give_zero_gradients(device, kind, shape1, shape2):
         assert boxes.grad.shape == boxes.shape and not boxes.grad.any()
 
 
+@pytest.mark.parametrize("batch", [(), (2,), (0,)])
+@pytest.mark.parametrize("sizes", [(3, 0), (0, 3), (0, 0)])
+def test_no_boxes_on_one_side(device, kind, sizes, batch):
+    """As of a training image without objects. The gradient of no boxes has no memory, and is wanted all the same."""
+    boxes = [device.put(np.ones((*batch, size, 4))) for size in sizes]
+    for wanted in ((True, False), (False, True), (True, True)):
+        leaves = [each.clone().requires_grad_(want) for each, want in zip(boxes, wanted, strict=True)]
+        iou = FUNCTIONS[kind](*leaves)
+        assert iou.shape == (*batch, *sizes)
+        iou.sum().backward()
+        for leaf, want in zip(leaves, wanted, strict=True):
+            assert not want or (leaf.grad.shape == leaf.shape and not leaf.grad.any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ties_split_as_in_autograd(device, kind, dtype):
     # Every pair of boxes on a grid of 3 x 2 cells: identical, nested, with shared edges, touching at edges or corners.

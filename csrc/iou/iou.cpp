@@ -195,7 +195,7 @@ void box_iou_backward_cpu(const Tensor& grad, const Tensor& boxes1, const Tensor
     const T* const grad_data = grad.const_data_ptr<T>();
     T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
     if (!aligned) {
-      return dispatch_wanted(out1 != nullptr, out2 != nullptr, [&](auto first, auto second) {
+      return dispatch_wanted(grad1 != nullptr, grad2 != nullptr, [&](auto first, auto second) {
         pairwise_gradient<kind.value, first.value, second.value>(data1, data2, grad_data, shape, T(eps), out1, out2);
       });
     }

@@ -169,12 +169,12 @@ void box_iou_backward_cuda(const Tensor& grad, const Tensor& boxes1, const Tenso
                     kThreads, 0, stream, grad_data, data1, data2, shape.rows, T(eps), out1, out2);
       return;
     }
-    if (out1 != nullptr && shape.batch * shape.rows > 0) {
+    if (grad1 != nullptr && shape.batch * shape.rows > 0) {
       DETOPS_LAUNCH((box_iou_backward_rows_kernel<kKind, T>),
                     blocks_for(op, "the boxes", shape.batch * shape.rows, kWarps), kThreads, 0, stream, grad_data,
                     data1, data2, shape, T(eps), out1);
     }
-    if (out2 == nullptr || shape.batch * shape.columns == 0) return;
+    if (grad2 == nullptr || shape.batch * shape.columns == 0) return;
     const int64_t rows_per_block = max_of<int64_t>(32, ceil_div<int64_t>(shape.rows, 128));
     const int64_t row_blocks = ceil_div(shape.rows, rows_per_block);
     const int64_t sums = shape.batch * row_blocks * shape.columns;
