@@ -125,6 +125,81 @@ def test_edges(device, name, edge, dtype):
     check(name, *put(device, all_pairs(inputs.edge_boxes(edge)), dtype))
 
 
+def flat(boxes):
+    """Which boxes have no area: [x1, y1, x2, y2] with a side of length 0."""
+    return (boxes[..., 0] == boxes[..., 2]) | (boxes[..., 1] == boxes[..., 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_boxes_without_area_lose_one_and_have_no_gradient(device, name, dtype):
+    flat_boxes = [[3, 3, 3, 3], [3, 3, 3, 3], [0, 0, 0, 9], [5, 2, 5, 7], [0, 4, 9, 4], [8, 8, 8, 8], [-9, 0, 1e30, 0]]
+    boxes1, boxes2 = (boxes.requires_grad_() for boxes in put(device, all_pairs(np.array(flat_boxes)), dtype))
+    for eps in (0.0, 1e-7, 1.0):
+        losses = getattr(detops.losses, name)(boxes1, boxes2, eps=eps)
+        assert (losses == 1).all()
+        assert not any(grad.any() for grad in torch.autograd.grad(losses.sum(), (boxes1, boxes2)))
+
+
+def test_a_box_without_area_against_one_with(device, name):
+    """Whose complete loss was NaN, and so was its gradient: a point has no aspect ratio to compare."""
+    boxes1, boxes2 = put(device, ([[30.0, 75, 30, 75], [30, 75, 30, 80]], [[20.0, 60, 60, 90]] * 2), torch.float32)
+    for first, second in ((boxes1, boxes2), (boxes2, boxes1)):
+        losses = check(name, first, second)
+        assert losses.isfinite().all() and all(grad.isfinite().all() for grad in gradients_of(name, first, second))
+    if name == "complete_box_iou_loss":
+        distance = detops.distance_box_iou_loss(boxes1, boxes2)
+        losses = detops.complete_box_iou_loss(boxes1, boxes2)
+        assert losses[0] == distance[0] and losses[1] > distance[1]
+        for got, expected in zip(
+            *(gradients_of(each, boxes1[:1], boxes2[:1]) for each in (name, "distance_box_iou_loss")), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+def gradients_of(name, boxes1, boxes2):
+    return gradients(getattr(detops.losses, name), boxes1, boxes2)
+
+
+def ordered_boxes(n, dtype, seed):
+    """[n, 4] finite, x1 <= x2, y1 <= y2, of coordinates of every size, many equal or next to each other."""
+    rng = np.random.default_rng(seed)
+    kind = torch.finfo(dtype)
+    exponents = np.arange(np.log2(kind.tiny) - 20, np.log2(kind.max))
+    sizes = 2.0 ** rng.choice(exponents, (n, 4)) * rng.choice([1, 1.5], (n, 4))
+    ordinary = rng.choice([0, 0.5, 1, 2, 30, 75, 640], (n, 4)) * rng.choice([1, 1 + kind.eps], (n, 4))
+    extreme = rng.choice([0, kind.smallest_normal, kind.tiny * kind.eps, 1, kind.max], (n, 4))
+    drawn = np.choose(rng.integers(0, 3, (n, 1)), [sizes, ordinary, extreme]) * rng.choice([-1, 1], (n, 4))
+    drawn[: n // 4, 2:] = drawn[: n // 4, :2] + rng.choice([0, 1, 1e-3], (n // 4, 2)) * ordinary[: n // 4, 2:]
+    drawn = drawn.astype(np.float32 if dtype == torch.float32 else np.float64)
+    return np.concatenate([np.minimum(drawn[:, :2], drawn[:, 2:]), np.maximum(drawn[:, :2], drawn[:, 2:])], axis=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_losses_and_gradients_of_ordered_boxes_are_finite(device, name, dtype):
+    with np.errstate(over="ignore"):
+        boxes1, boxes2 = (ordered_boxes(device.limit(50_000, 3000), dtype, seed) for seed in (0, 1))
+    rng = np.random.default_rng(2)
+    boxes2 = np.where(rng.random((len(boxes2), 1)) < 0.3, boxes1, boxes2)  # identical, or with one side in common
+    boxes2[: len(boxes2) // 4, 0] = np.minimum(boxes1[: len(boxes2) // 4, 0], boxes2[: len(boxes2) // 4, 2])
+    boxes1, boxes2 = put(device, (boxes1, boxes2), dtype)
+    losses = getattr(detops.losses, name)(boxes1, boxes2)
+    assert losses.isfinite().all() and losses.min() > -1e-3 and losses.max() < 8
+    assert all(grad.isfinite().all() for grad in gradients_of(name, boxes1, boxes2))
+    # And without an eps, where all else is as in a training.
+    boxes1, boxes2 = (boxes.clamp(-640, 640).round() for boxes in (boxes1, boxes2))
+    assert getattr(detops.losses, name)(boxes1, boxes2, eps=0.0).isfinite().all()
+
+
+@pytest.mark.parametrize("power", [64, 90, 120])
+def test_huge_boxes_lose_what_small_ones_do(device, name, power):
+    """Whose squared sides are infinite in float32: all but eps is the same in any unit of length."""
+    boxes = put(device, pairs(200), torch.float32)
+    huge = tuple(each * 2.0**power for each in boxes)
+    check(name, *huge)
+    for got, expected in zip(gradients_of(name, *huge), gradients_of(name, *boxes), strict=True):
+        torch.testing.assert_close(got * 2.0**power, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_other_shapes_and_strides(device, name):
     function = getattr(detops.losses, name)
     boxes1, boxes2 = put(device, pairs(24), torch.float32)
@@ -158,6 +233,11 @@ def formula(name, boxes1, boxes2, eps=1e-7):
     intersection = torch.where((sides > 0).all(-1), sides.prod(-1), 0)
     union = sides1.prod(-1) + sides2.prod(-1) - intersection
     loss = 1 - intersection / (union + eps)
+    no_area = flat(boxes1) & flat(boxes2) & boxes1.isfinite().all(-1) & boxes2.isfinite().all(-1)
+    return torch.where(no_area, 1, with_area(name, around, sides1, sides2, offset, union, loss, eps))
+
+
+def with_area(name, around, sides1, sides2, offset, union, loss, eps):
     if name == "generalized_box_iou_loss":
         return loss + (around.prod(-1) - union) / (around.prod(-1) + eps)
     squared_distance = (offset**2).sum(-1)
@@ -228,13 +308,15 @@ def test_gradients_at_the_edges(device, name, edge):
 
 
 def test_boxes_that_overflow(device, name):
-    """NaN and infinite losses are those of the formula in float32; there are gradients where the squares fit."""
+    """In float32, and not in the reference's float64."""
     boxes1, boxes2 = put(device, all_pairs(inputs.edge_boxes("overflowing")), torch.float32)
-    losses = getattr(detops.losses, name)(boxes1, boxes2)
-    torch.testing.assert_close(losses, formula(name, boxes1, boxes2), rtol=4e-6, atol=4e-6, equal_nan=True)
-    assert losses.isnan().any() and losses.isfinite().any()
+    # Not of [-3e38, 0, 3e38, 10] and smaller ones: in a unit in which its width has a square, 10 has none.
+    wide = (boxes1[:, 3] - boxes1[:, 1] < 100) & (boxes1[:, 2] > 1e38) & (boxes2[:, 2] < 1e3)
+    wide |= (boxes2[:, 3] - boxes2[:, 1] < 100) & (boxes2[:, 2] > 1e38) & (boxes1[:, 2] < 1e3)
+    check(name, boxes1[~wide], boxes2[~wide])
     fits = torch.cat([boxes1, boxes2], dim=1).abs().amax(1) < 1.1e19
     check_gradients(name, boxes1[fits], boxes2[fits])
+    assert all(grad.isfinite().all() for grad in gradients_of(name, boxes1, boxes2))
 
 
 def test_boxes_that_vanish(device, name):

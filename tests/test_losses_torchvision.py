@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from inputs import to_torch
-from test_iou_losses import all_pairs, grid_pairs, pairs
+from test_iou_losses import all_pairs, flat, grid_pairs, pairs
 from test_losses import arguments, hard_targets, logits
 
 import detops
@@ -100,7 +100,15 @@ def test_iou_losses_at_the_edges(torchvision, device, name, edge):
     boxes1, boxes2 = (to_torch(boxes) for boxes in all_pairs(inputs.edge_boxes(edge)))
     ours = getattr(detops, name)(boxes1.to(device.torch), boxes2.to(device.torch)).cpu()
     theirs = getattr(torchvision.ops, name)(boxes1, boxes2)
-    torch.testing.assert_close(ours, theirs, rtol=3e-6, atol=3e-6, equal_nan=True)
+    # Of two boxes without area the loss is 1 here; torchvision's grows with their distance, and its gradient is the
+    # reciprocal of eps. The aspect ratio of a point makes its complete loss NaN.
+    no_area = flat(boxes1) & flat(boxes2)
+    assert (ours[no_area] == 1).all()
+    point = (boxes1[:, :2] == boxes1[:, 2:]).all(1) | (boxes2[:, :2] == boxes2[:, 2:]).all(1)
+    undefined = point & theirs.isnan()
+    assert not undefined.any() or name == "complete_box_iou_loss"
+    same = ~no_area & ~undefined
+    torch.testing.assert_close(ours[same], theirs[same], rtol=3e-6, atol=3e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("name", IOU_LOSSES)

@@ -2,27 +2,52 @@
 #include "losses/iou_loss.h"
 
 #include <tuple>
+#include <type_traits>
 
 #include "losses/loss_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
+// As wide as the numbers, so that a loop over those vectorises.
+template <class T>
+using Flags = std::conditional_t<sizeof(T) == sizeof(int32_t), int32_t, int64_t>;
+
+// All pairs as if they were ordinary, which has no branch, and then those that are not.
 template <IouLossKind kind, class T>
 DETOPS_CLONES void iou_loss_values(const T* boxes1, const T* boxes2, int64_t count, T eps, T* __restrict__ out) {
+  Flags<T> unusual = 0;
 #pragma GCC ivdep
   for (int64_t i = 0; i < count; ++i) {
-    out[i] = iou_loss_value<kind>(load_box<T>(boxes1 + 4 * i), load_box<T>(boxes2 + 4 * i), eps);
+    const LossParts<T> parts = loss_parts(load_box<T>(boxes1 + 4 * i), load_box<T>(boxes2 + 4 * i), eps);
+    unusual |= parts.ordinary() ? 0 : 1;
+    out[i] = loss_of_parts<kind>(parts, eps);
+  }
+  if (unusual == 0) return;
+  for (int64_t i = 0; i < count; ++i) {
+    const Box<T> a = load_box<T>(boxes1 + 4 * i), b = load_box<T>(boxes2 + 4 * i);
+    if (!loss_parts(a, b, eps).ordinary()) out[i] = iou_loss_value<kind>(a, b, eps);
   }
 }
 
 template <IouLossKind kind, bool first, bool second, class T>
 DETOPS_CLONES void iou_loss_gradients(const T* boxes1, const T* boxes2, const UpstreamView<T>& grad, int64_t begin,
                                       int64_t end, T eps, T* __restrict__ grad1, T* __restrict__ grad2) {
+  Flags<T> unusual = 0;
 #pragma GCC ivdep
   for (int64_t i = begin; i < end; ++i) {
-    const PairGradient<T> gradient =
-        iou_loss_gradient<kind>(load_box<T>(boxes1 + 4 * i), load_box<T>(boxes2 + 4 * i), eps, grad.at(i));
+    const Box<T> a = load_box<T>(boxes1 + 4 * i), b = load_box<T>(boxes2 + 4 * i);
+    const LossParts<T> parts = loss_parts(a, b, eps);
+    unusual |= parts.ordinary() ? 0 : 1;
+    const PairGradient<T> gradient = gradient_of_parts<kind>(a, b, parts, eps, grad.at(i));
+    if (first) store_box(gradient.a, grad1 + 4 * i);
+    if (second) store_box(gradient.b, grad2 + 4 * i);
+  }
+  if (unusual == 0) return;
+  for (int64_t i = begin; i < end; ++i) {
+    const Box<T> a = load_box<T>(boxes1 + 4 * i), b = load_box<T>(boxes2 + 4 * i);
+    if (loss_parts(a, b, eps).ordinary()) continue;
+    const PairGradient<T> gradient = iou_loss_gradient<kind>(a, b, eps, grad.at(i));
     if (first) store_box(gradient.a, grad1 + 4 * i);
     if (second) store_box(gradient.b, grad2 + 4 * i);
   }
@@ -34,7 +59,7 @@ void iou_loss_cpu(const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_k
     using T = typename decltype(tag)::type;
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     const auto fill = [&](int64_t begin, int64_t end, T* losses) {
-      iou_loss_values<kind.value>(data1 + 4 * begin, data2 + 4 * begin, end - begin, T(eps), losses);
+      iou_loss_values<kind.value>(data1 + 4 * begin, data2 + 4 * begin, end - begin, loss_eps<T>(eps), losses);
     };
     write_losses(boxes1.numel() / 4, reduction, out.mutable_data_ptr<T>(), fill);
   });
@@ -47,9 +72,10 @@ void iou_loss_backward_cpu(const Upstream& upstream, const Tensor& boxes1, const
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
     const UpstreamView<T> grad(upstream);
-    dispatch_wanted(out1 != nullptr, out2 != nullptr, [&](auto first, auto second) {
+    dispatch_wanted(grad1 != nullptr, grad2 != nullptr, [&](auto first, auto second) {
       parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
-        iou_loss_gradients<kind.value, first.value, second.value>(data1, data2, grad, begin, end, T(eps), out1, out2);
+        iou_loss_gradients<kind.value, first.value, second.value>(data1, data2, grad, begin, end, loss_eps<T>(eps),
+                                                                  out1, out2);
       });
     });
   });

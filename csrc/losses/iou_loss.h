@@ -14,8 +14,14 @@
 //   scylla       1 - iou + (distance cost + shape cost) / 2, see scylla_costs     Gevorgyan, 2022 (SIoU)
 //
 // Unlike the measures of iou/iou.h these keep away from 0 / 0 by eps, and have gradient 0 with respect to an
-// intersection that is empty, as torchvision's.
+// intersection that is empty, as torchvision's. Two boxes without area (a side of length 0 each) have loss 1 and
+// gradient 0. Losses and gradients of finite boxes with x1 <= x2 and y1 <= y2 are finite:
+//   - overflow: what lies beyond kMostSide is scaled down, see loss_scale;
+//   - division: 0 <= I <= U in rounded arithmetic too, so that all divisors are at least eps > 0;
+//   - the aspect ratio of a point is undefined: v is 0; of sides whose squares vanish it has no gradient.
 #pragma once
+
+#include <limits>
 
 #include "common/math.h"
 #include "iou/iou.h"
@@ -26,6 +32,10 @@ namespace DETOPS_NAMESPACE {
 enum class IouLossKind : int64_t { kGeneralized, kDistance, kComplete, kEfficient, kScylla };
 constexpr int64_t kIouLossKinds = 5;
 
+// Sides up to this, of which the sum of two squares is finite.
+template <class T>
+constexpr T kMostSide = static_cast<T>(sizeof(T) == sizeof(float) ? 0x1.6ap63 : 0x1.6ap511);
+
 // What all of these losses are made of.
 template <class T>
 struct LossParts {
@@ -34,6 +44,18 @@ struct LossParts {
   T union_area, iou;
   T around_width, around_height;
   T centre_x, centre_y;  // centre of the first less that of the second
+
+  // True for two boxes without area. False where a coordinate is NaN or infinite: then the centres are not finite.
+  DETOPS_HD bool flat() const {
+    const T centres = T(0) * (centre_x + centre_y);
+    return ((width1 == T(0)) | (height1 == T(0))) & ((width2 == T(0)) | (height2 == T(0))) & (centres == T(0));
+  }
+
+  // True where the formulas serve as they stand: some area, and nothing that overflows. Few pairs are not ordinary.
+  DETOPS_HD bool ordinary() const {
+    const T centres = centre_x + centre_y;
+    return (union_area > T(0)) & (around_width < kMostSide<T>)&(around_height < kMostSide<T>)&(centres == centres);
+  }
 };
 
 template <class T>
@@ -103,13 +125,16 @@ struct AspectTerm {
 template <class T>
 DETOPS_HD AspectTerm<T> aspect_term(const LossParts<T>& parts, T eps) {
   const T angle1 = math::atan(parts.width1 / parts.height1), angle2 = math::atan(parts.width2 / parts.height2);
-  const T v = aspect_difference(angle1, angle2);
-  return {angle1 - angle2, v, v / (1 - parts.iou + v + eps)};
+  const bool points =
+      ((parts.width1 == T(0)) & (parts.height1 == T(0))) | ((parts.width2 == T(0)) & (parts.height2 == T(0)));
+  const T difference = points ? T(0) : angle1 - angle2;
+  const T v = aspect_difference(difference, T(0));
+  return {difference, v, v / (1 - parts.iou + v + eps)};
 }
 
+// Of an ordinary pair.
 template <IouLossKind kind, class T>
-DETOPS_HD T iou_loss_value(const Box<T>& a, const Box<T>& b, T eps) {
-  const LossParts<T> parts = loss_parts(a, b, eps);
+DETOPS_HD T loss_of_parts(const LossParts<T>& parts, T eps) {
   if (kind == IouLossKind::kGeneralized) {
     const T around = parts.around_width * parts.around_height;
     return 1 - (parts.iou - (around - parts.union_area) / (around + eps));
@@ -129,6 +154,39 @@ DETOPS_HD T iou_loss_value(const Box<T>& a, const Box<T>& b, T eps) {
            squared(parts.height1 - parts.height2) / (squared(parts.around_height) + eps);
   }
   return distance;
+}
+
+// The unit of length in which a pair is computed, and eps. For finite boxes with coordinates beyond kMostSide a power
+// of two that brings them below: losses do not depend on the unit, and beside such boxes eps is nothing. There it is
+// what keeps quotients by it finite.
+template <class T>
+struct LossScale {
+  T unit, eps;
+};
+
+template <class T>
+DETOPS_HD LossScale<T> loss_scale(const Box<T>& a, const Box<T>& b, T eps) {
+  constexpr bool single = sizeof(T) == sizeof(float);
+  const T high = max_of(max_of(max_of(a.x1, a.x2), max_of(a.y1, a.y2)), max_of(max_of(b.x1, b.x2), max_of(b.y1, b.y2)));
+  const T low = min_of(min_of(min_of(a.x1, a.x2), min_of(a.y1, a.y2)), min_of(min_of(b.x1, b.x2), min_of(b.y1, b.y2)));
+  const T largest = max_of(high, -low);
+  if (!(largest > kMostSide<T> && largest <= std::numeric_limits<T>::max())) return {T(1), eps};
+  return {static_cast<T>(single ? 0x1p-68 : 0x1p-524), static_cast<T>(single ? 0x1p-64 : 0x1p-510)};
+}
+
+template <class T>
+DETOPS_HD Box<T> scaled(const Box<T>& box, T unit) {
+  return {box.x1 * unit, box.y1 * unit, box.x2 * unit, box.y2 * unit};
+}
+
+// Of any pair.
+template <IouLossKind kind, class T>
+DETOPS_HD T iou_loss_value(const Box<T>& a, const Box<T>& b, T eps) {
+  const LossParts<T> parts = loss_parts(a, b, eps);
+  if (parts.ordinary()) return loss_of_parts<kind>(parts, eps);
+  const LossScale<T> scale = loss_scale(a, b, eps);
+  const LossParts<T> scaled_parts = loss_parts(scaled(a, scale.unit), scaled(b, scale.unit), scale.eps);
+  return scaled_parts.flat() ? T(1) : loss_of_parts<kind>(scaled_parts, scale.eps);
 }
 
 // Gradients with respect to the parts.
@@ -197,8 +255,10 @@ DETOPS_HD PartGradients<T> part_gradients(const LossParts<T>& parts, T eps) {
   if (kind == IouLossKind::kComplete) {
     const AspectTerm<T> aspect = aspect_term(parts, eps);
     const T of_angle = aspect.alpha * kAspectSlope<T> * aspect.angle_difference;
-    const T scale1 = of_angle / (squared(parts.width1) + squared(parts.height1));
-    const T scale2 = -of_angle / (squared(parts.width2) + squared(parts.height2));
+    const T squares1 = squared(parts.width1) + squared(parts.height1);
+    const T squares2 = squared(parts.width2) + squared(parts.height2);
+    const T scale1 = squares1 < std::numeric_limits<T>::min() ? T(0) : of_angle / squares1;
+    const T scale2 = squares2 < std::numeric_limits<T>::min() ? T(0) : -of_angle / squares2;
     gradients.of_width1 = scale1 * parts.height1;
     gradients.of_height1 = -scale1 * parts.width1;
     gradients.of_width2 = scale2 * parts.height2;
@@ -217,10 +277,10 @@ DETOPS_HD PartGradients<T> part_gradients(const LossParts<T>& parts, T eps) {
   return gradients;
 }
 
-// grad times the derivative of iou_loss_value.
+// grad times the derivative of loss_of_parts, for an ordinary pair.
 template <IouLossKind kind, class T>
-DETOPS_HD PairGradient<T> iou_loss_gradient(const Box<T>& a, const Box<T>& b, T eps, T grad) {
-  const LossParts<T> parts = loss_parts(a, b, eps);
+DETOPS_HD PairGradient<T> gradient_of_parts(const Box<T>& a, const Box<T>& b, const LossParts<T>& parts, T eps,
+                                            T grad) {
   const PartGradients<T> of = part_gradients<kind>(parts, eps);
   const T of_overlap = of.of_intersection - of.of_union;  // the union is the areas less the intersection
   const AxisGradient<T> x =
@@ -231,6 +291,24 @@ DETOPS_HD PairGradient<T> iou_loss_gradient(const Box<T>& a, const Box<T>& b, T 
                     of.of_height2 + of.of_union * parts.width2, of.of_around_height, of.of_centre_y);
   return {{grad * x.low1, grad * y.low1, grad * x.high1, grad * y.high1},
           {grad * x.low2, grad * y.low2, grad * x.high2, grad * y.high2}};
+}
+
+// grad times the derivative of iou_loss_value, of any pair.
+template <IouLossKind kind, class T>
+DETOPS_HD PairGradient<T> iou_loss_gradient(const Box<T>& a, const Box<T>& b, T eps, T grad) {
+  const LossParts<T> parts = loss_parts(a, b, eps);
+  if (parts.ordinary()) return gradient_of_parts<kind>(a, b, parts, eps, grad);
+  const LossScale<T> scale = loss_scale(a, b, eps);
+  const Box<T> scaled_a = scaled(a, scale.unit), scaled_b = scaled(b, scale.unit);
+  const LossParts<T> scaled_parts = loss_parts(scaled_a, scaled_b, scale.eps);
+  if (scaled_parts.flat()) return {};
+  return gradient_of_parts<kind>(scaled_a, scaled_b, scaled_parts, scale.eps, grad * scale.unit);
+}
+
+// What keeps divisors from 0 where the caller's eps is 0, and changes no other sum.
+template <class T>
+T loss_eps(double eps) {
+  return max_of(static_cast<T>(eps), std::numeric_limits<T>::min());
 }
 
 // Calls body(TypeTag of float or double, integral constant of the kind).

@@ -61,7 +61,7 @@ void iou_loss_cuda(const Tensor& boxes1, const Tensor& boxes2, IouLossKind loss_
                      [&](unsigned blocks, double* sums) {
                        DETOPS_LAUNCH((iou_loss_kernel<decltype(kind)::value, T>), blocks, kLossThreads, 0,
                                      scope.stream(), boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(), count,
-                                     T(eps), are_packed(boxes1, boxes2), out.mutable_data_ptr<T>(), sums);
+                                     loss_eps<T>(eps), are_packed(boxes1, boxes2), out.mutable_data_ptr<T>(), sums);
                      });
   });
 }
@@ -74,8 +74,8 @@ void iou_loss_backward_cuda(const Upstream& upstream, const Tensor& boxes1, cons
   dispatch_iou_loss(boxes1.scalar_type(), loss_kind, [&](auto tag, auto kind) {
     using T = typename decltype(tag)::type;
     DETOPS_LAUNCH((iou_loss_backward_kernel<decltype(kind)::value, T>), blocks, kLossThreads, 0, scope.stream(),
-                  UpstreamView<T>(upstream), boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(), count, T(eps),
-                  are_packed(boxes1, boxes2), data_if_wanted<T>(grad1), data_if_wanted<T>(grad2));
+                  UpstreamView<T>(upstream), boxes1.const_data_ptr<T>(), boxes2.const_data_ptr<T>(), count,
+                  loss_eps<T>(eps), are_packed(boxes1, boxes2), data_if_wanted<T>(grad1), data_if_wanted<T>(grad2));
   });
 }
 

@@ -76,11 +76,21 @@ def distribution_focal_loss(inputs, targets):
 
 
 def by_pair(one_loss, boxes1, boxes2, eps):
+    """The loss of two boxes without area is 1."""
     losses = np.zeros(boxes1.shape[:-1], dtype=np.float64)
     with np.errstate(all="ignore"):
         for pair in np.ndindex(losses.shape):
-            losses[pair] = one_loss(boxes1[pair].astype(np.float64), boxes2[pair].astype(np.float64), eps)
+            a, b = boxes1[pair].astype(np.float64), boxes2[pair].astype(np.float64)
+            losses[pair] = 1 if has_no_area(a) and has_no_area(b) else one_loss(a, b, eps)
     return losses
+
+
+def has_no_area(box):
+    return np.isfinite(box).all() and (box[0] == box[2] or box[1] == box[3])
+
+
+def is_point(box):
+    return box[0] == box[2] and box[1] == box[3]
 
 
 def areas(a, b):
@@ -122,6 +132,8 @@ def distance_box_iou_loss(boxes1, boxes2, eps=1e-7):
 
 def complete_box_iou_loss(boxes1, boxes2, eps=1e-7):
     def one_loss(a, b, eps):
+        if is_point(a) or is_point(b):  # which has no aspect ratio
+            return one_distance_loss(a, b, eps)
         angles = [np.arctan((box[2] - box[0]) / (box[3] - box[1])) for box in (a, b)]
         v = 4 / math.pi**2 * (angles[0] - angles[1]) ** 2
         return one_distance_loss(a, b, eps) + v / (one_minus_iou(a, b, eps) + v + eps) * v
