@@ -17,6 +17,12 @@ from torch import Tensor
 
 _SYMBOLS = torch.SymInt, torch.SymFloat
 
+# In which there can be coordinates. torch would convert 8-bit floats, bool and complex numbers all the same.
+FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+INTEGERS = frozenset((torch.int8, torch.int16, torch.int32, torch.int64))
+INTEGERS |= {torch.uint8, torch.uint16, torch.uint32, torch.uint64}
+REAL = FLOATING | INTEGERS
+
 
 def check_tensors(op: str, **arguments: Any) -> None:
     """Raises where one is not a tensor."""
@@ -30,6 +36,16 @@ def check_optional_tensors(op: str, **arguments: Any) -> None:
     for name, each in arguments.items():
         if each is not None and not isinstance(each, Tensor) and not _stands_for_a_value(each):
             raise RuntimeError(f"{op}: {name} must be a tensor or None, got {kind_of(each)}")
+
+
+def check_real(op: str, **tensors: Tensor) -> None:
+    """Raises where one has a dtype that would be converted without sense."""
+    for name, each in tensors.items():
+        if each.dtype not in REAL:
+            raise RuntimeError(
+                f"{op}: {name} must be float16, bfloat16, float32, float64 or integer, "
+                f"got {str(each.dtype).removeprefix('torch.')}"
+            )
 
 
 def check_tensor_list(op: str, argument: str, tensors: Any) -> None:

@@ -92,7 +92,8 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
 
 def _check_one_device(name: str, arguments: tuple) -> None:
     """As the entries of the ops do, which do not run where one tensor of several is on the meta device."""
-    devices = {str(each.device) for each in arguments if isinstance(each, torch.Tensor)}
+    tensors = [each for argument in arguments for each in (argument if isinstance(argument, list) else [argument])]
+    devices = {str(each.device) for each in tensors if isinstance(each, torch.Tensor)}
     if len(devices) > 1:
         raise RuntimeError(f"{name}: all tensors must be on one device, got {' and '.join(sorted(devices))}")
 

@@ -13,20 +13,25 @@ the same values, with autograd's gradients, or fused by the compiler.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import get_ctx
 from torch.nn.utils.rnn import pad_sequence
+from torch.overrides import handle_torch_function
 
-from . import _library
+from . import _checks, _library
 from ._library import register_fake
 
 # In the order of BoxFormat in csrc/boxes/boxes.h, with the number of coordinates.
 _COORDINATES = {"xyxy": 4, "xywh": 4, "cxcywh": 4, "xywhr": 5, "cxcywhr": 5, "xyxyxyxy": 8}
 _NUMBERS = {fmt: number for number, fmt in enumerate(_COORDINATES)}
+
+# What integers are converted in where their own dtype may not hold the sum of two.
+_WIDE = {torch.int8: torch.int32, torch.uint8: torch.int32, torch.int16: torch.int32, torch.uint16: torch.int32}
 
 
 def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
@@ -37,7 +42,7 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
         fmt: any of the six formats of `detops.boxes`.
 
     Returns:
-        [...] float32, float64 for float64 boxes; of integers int32, int64 for int64 boxes.
+        [...] float32, float64 for float64 boxes, int64 for integers.
 
     Degenerate boxes: nothing is clamped, so a box inverted along one axis has a negative area; NaN gives NaN. The area
     of "xyxyxyxy" is the magnitude of the cross product of its first two sides. Differentiable.
@@ -51,13 +56,17 @@ def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
         >>> box_area(boxes)
         tensor([100.,   6.])
 
-    Source: torchvision.ops.box_area, which has no rotated formats.
+    Source: torchvision.ops.box_area, which has no rotated formats, and whose areas of integers wrap beyond int32: there
+    the area of [0, 0, 60000, 60000] is negative.
     """
     _check_format("box_area", "fmt", fmt)
+    if not isinstance(boxes, Tensor):
+        _checks.check_tensors("box_area", boxes=boxes)
+        return handle_torch_function(box_area, (boxes,), boxes, fmt)
     if _kernel_serves(boxes):
         return _library.ops.box_area(boxes, _NUMBERS[fmt])
     check_boxes("box_area", boxes, fmt)
-    boxes = _widened(boxes) if boxes.is_floating_point() or boxes.dtype == torch.int64 else boxes.int()
+    boxes = _widened(boxes) if boxes.is_floating_point() else boxes.long()
     if fmt == "xyxy":
         x1, y1, x2, y2 = boxes.unbind(-1)
         return (x2 - x1) * (y2 - y1)
@@ -77,7 +86,8 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
 
     Returns:
         [..., 4], [..., 5] or [..., 8], a new tensor of the same dtype. Integers become float32 where a centre takes
-        part; between rotated formats they are rounded and stay integers.
+        part; between rotated formats they are rounded and stay integers. Integers below 32 bits, which may not hold the
+        sum of two, become int32 wherever something is computed.
 
     Degenerate boxes are converted like any other. From corners r is in [-180, 180]. Differentiable; the gradient of a
     side of length 0 given by its corners is NaN.
@@ -91,8 +101,12 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
         >>> box_convert(torch.tensor([[5., 5., 10., 4.]]), "cxcywh", "xyxy")
         tensor([[ 0.,  3., 10.,  7.]])
 
-    Source: torchvision.ops.box_convert, with its values. (Halves are rounded once here, and at every step there.)
+    Source: torchvision.ops.box_convert, with its values. (Halves are rounded once here, and at every step there.
+    Integers below 32 bits keep their dtype there, and wrap: the corner of uint8 [200, 200, 100, 100] "xywh" is 44, 44.)
     """
+    if not isinstance(boxes, Tensor):
+        _checks.check_tensors("box_convert", boxes=boxes)
+        return handle_torch_function(box_convert, (boxes,), boxes, in_fmt, out_fmt)
     _check_format("box_convert", "in_fmt", in_fmt)
     _check_format("box_convert", "out_fmt", out_fmt)
     rotated = _COORDINATES[in_fmt] > 4
@@ -106,6 +120,7 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
     check_boxes("box_convert", boxes, in_fmt)
     if in_fmt == out_fmt:
         return boxes.clone(memory_format=torch.contiguous_format)
+    boxes = boxes.to(_WIDE.get(boxes.dtype, boxes.dtype))
     if rotated:
         return _convert_rotated(boxes, in_fmt, out_fmt)
     result = _from_ends(*_to_ends(_widened(boxes), in_fmt), out_fmt)
@@ -122,7 +137,8 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     Returns:
         [..., 4] of the same dtype, x in [0, width] and y in [0, height]. NaN stays NaN.
 
-    Differentiable: the gradient passes where a coordinate is inside or on the border.
+    Differentiable: the gradient passes where a coordinate is inside or on the border. Under torch.jit.trace a size that
+    is computed from tensors, as that of `images.shape`, stays a value of the graph.
 
     Raises:
         ValueError: a size is negative or NaN.
@@ -134,19 +150,36 @@ def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
     Source: torchvision.ops.clip_boxes_to_image.
     """
-    height, width = size if len(size) == 2 else (-1, -1)
-    if not (height >= 0 and width >= 0):  # so that NaN fails too
-        raise ValueError(f"clip_boxes_to_image: size must be (height, width), each at least 0, got {tuple(size)}")
-    if _kernel_serves(boxes):
+    op = "clip_boxes_to_image"
+    if not isinstance(boxes, Tensor) or _is_traced(size):
+        _checks.check_tensors(op, boxes=boxes)
+        return handle_torch_function(clip_boxes_to_image, (boxes, size, *_parts(size)), boxes, size)
+    sides = _checks.numbers(op, "size", size)
+    height, width = sides if len(sides) == 2 else (-1, -1)
+    traced = isinstance(height, Tensor) or isinstance(width, Tensor)  # by torch.jit.trace
+    if not traced and not (height >= 0 and width >= 0):  # so that NaN fails too
+        raise ValueError(f"{op}: size must be (height, width), each at least 0, got {sides}")
+    if not traced and _kernel_serves(boxes):
         return _library.ops.clip_boxes_to_image(boxes, height, width)
-    check_boxes("clip_boxes_to_image", boxes)
+    check_boxes(op, boxes)
     if boxes.is_floating_point():
         wide = _widened(boxes)
     else:  # in integers, which a size may be too large for, and a float too coarse
         wide = boxes.long()
-        height, width = (math.floor(min(side, torch.iinfo(boxes.dtype).max)) for side in (height, width))
-    x, y = wide[..., 0::2].clamp(0, width), wide[..., 1::2].clamp(0, height)
+        most = torch.iinfo(boxes.dtype).max
+        height, width = (
+            side.floor().clamp(max=most).long() if isinstance(side, Tensor) else math.floor(min(side, most))
+            for side in (height, width)
+        )
+    x, y = _clamped(wide[..., 0::2], width), _clamped(wide[..., 1::2], height)
     return torch.stack((x, y), dim=-1).flatten(-2).to(boxes.dtype)
+
+
+def _clamped(coordinates: Tensor, limit: float | Tensor) -> Tensor:
+    """From 0 to a limit."""
+    if isinstance(limit, Tensor):
+        return torch.minimum(coordinates.clamp(min=0), limit.to(coordinates.device))
+    return coordinates.clamp(0, limit)
 
 
 def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
@@ -172,6 +205,10 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     Source: torchvision.ops.remove_small_boxes. (It subtracts halves and narrow integers in their own dtype, and of
     batched boxes it gives the first index only.)
     """
+    if not isinstance(boxes, Tensor):
+        _checks.check_tensors("remove_small_boxes", boxes=boxes)
+        return handle_torch_function(remove_small_boxes, (boxes,), boxes, min_size)
+    min_size = _checks.number("remove_small_boxes", "min_size", min_size)
     if min_size != min_size:
         raise ValueError("remove_small_boxes: min_size must be a number, got nan")
     check_boxes("remove_small_boxes", boxes)
@@ -204,6 +241,9 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
     Source: torchvision.ops.masks_to_boxes. (Masks of size 0 give no rows there, and one row of zeros each here.)
     """
+    if not isinstance(masks, Tensor):
+        _checks.check_tensors("masks_to_boxes", masks=masks)
+        return handle_torch_function(masks_to_boxes, (masks,), masks)
     return _library.ops.masks_to_boxes(masks.detach() if masks.requires_grad else masks)
 
 
@@ -226,8 +266,16 @@ def check_boxes(op: str, boxes: Tensor, fmt: str = "xyxy", argument: str = "boxe
     """What the compiled ops check, where they are not called."""
     if boxes.ndim == 0 or boxes.shape[-1] != _COORDINATES[fmt]:
         raise RuntimeError(f"{op}: {argument} must have shape [..., {_COORDINATES[fmt]}], got {list(boxes.shape)}")
-    if boxes.is_complex():
-        raise RuntimeError(f"{op}: {argument} must be floating or integer, got {_library.dtype_name(boxes.dtype)}")
+    _checks.check_real(op, **{argument: boxes})
+
+
+def _is_traced(size: Any) -> bool:
+    """Whether it, or a side of it, stands for a value under torch.fx.symbolic_trace."""
+    return isinstance(size, torch.fx.Proxy) or any(isinstance(side, torch.fx.Proxy) for side in _parts(size))
+
+
+def _parts(size: Any) -> tuple:
+    return tuple(size) if isinstance(size, list | tuple) else ()
 
 
 def _widened(boxes: Tensor) -> Tensor:
@@ -370,6 +418,9 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
         [[3, 1], [-1, -1]]
     """
     op = "pad_ground_truth"
+    for name, tensors in (("boxes", boxes), ("labels", labels)):
+        if not isinstance(tensors, Tensor):  # of which the rows are taken
+            _checks.check_tensor_list(op, name, tensors)
     _library.refuse_vmap(op, *boxes, *labels)
     if len(boxes) != len(labels):
         raise ValueError(f"{op}: labels must have one tensor per image ({len(boxes)}), got {len(labels)}")
@@ -381,12 +432,13 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
                 f"{op}: labels[{image}] must have shape [n] with n = {image_boxes.numel() // 4}, "
                 f"got {list(image_labels.shape)}"
             )
-        if image_boxes.dtype != boxes[0].dtype or image_boxes.is_complex():
+        _checks.check_real(op, **{f"boxes[{image}]": image_boxes})
+        if image_boxes.dtype != boxes[0].dtype:
             raise RuntimeError(
-                f"{op}: boxes[{image}] must have the dtype of boxes[0], floating or integer "
-                f"({_library.dtype_name(boxes[0].dtype)}), got {_library.dtype_name(image_boxes.dtype)}"
+                f"{op}: boxes[{image}] must have the dtype of boxes[0] ({_library.dtype_name(boxes[0].dtype)}), "
+                f"got {_library.dtype_name(image_boxes.dtype)}"
             )
-        if image_labels.numel() and (image_labels.is_floating_point() or image_labels.is_complex()):
+        if image_labels.numel() and image_labels.dtype not in _checks.INTEGERS | {torch.bool}:
             raise RuntimeError(f"{op}: labels[{image}] must be integer, got {_library.dtype_name(image_labels.dtype)}")
         for name, each in ((f"boxes[{image}]", image_boxes), (f"labels[{image}]", image_labels)):
             if each.device != boxes[0].device:

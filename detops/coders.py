@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import _library
+from . import _checks, _library
 from ._library import register_autograd, register_fake
 
 _CLIP = math.log(1000.0 / 16)
@@ -90,6 +90,7 @@ def decode_boxes(
     """
     op = "decode_boxes"
     weights = _checked_weights(op, weights)
+    clip = _checks.number(op, "clip", clip)
     if clip != clip:
         raise ValueError(f"{op}: clip must be a number, got nan")
     return _library.ops.decode_boxes(*_share(op, "deltas", deltas, "anchors", anchors), weights, clip)
@@ -113,7 +114,7 @@ class BoxCoder:
 
     def __init__(self, weights: Sequence[float], bbox_xform_clip: float = _CLIP) -> None:
         self.weights = _checked_weights("BoxCoder", weights)
-        self.bbox_xform_clip = bbox_xform_clip
+        self.bbox_xform_clip = _checks.number("BoxCoder", "bbox_xform_clip", bbox_xform_clip)
 
     def encode(self, reference_boxes: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """For each image the deltas [n, 4] of its boxes [n, 4] from its proposals [n, 4]."""
@@ -180,6 +181,8 @@ def encode_ltrb(
     square ones are the strides.
     """
     op = "encode_ltrb"
+    if max_distance is not None:
+        max_distance = _checks.number(op, "max_distance", max_distance)
     if max_distance is not None and not max_distance >= 0:
         raise ValueError(f"{op}: max_distance must be at least 0, got {max_distance}")
     return _library.ops.encode_ltrb(*_share_points(op, "boxes", boxes, points, strides), max_distance)
@@ -236,8 +239,9 @@ def decode_dfl(logits: Tensor, dim: int = -1) -> Tensor:
 
     Source: Li et al., Generalized Focal Loss, NeurIPS 2020: its integral over the distribution.
     """
+    _checks.check_tensors("decode_dfl", logits=logits)
     _library.refuse_forward_mode("decode_dfl", logits)
-    return _library.ops.decode_dfl(logits, dim)
+    return _library.ops.decode_dfl(logits, _checks.integer("decode_dfl", "dim", dim))
 
 
 @_library.register_result
@@ -289,12 +293,15 @@ def decode_yolo(raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]
     op = "decode_yolo"
     if version not in _YOLO_VERSIONS:
         raise ValueError(f"{op}: version must be 'v3' or 'v5', got {version!r}")
-    strides = [float(stride) for stride in strides]
+    strides = list(_checks.numbers(op, "strides", strides))
     if not all(0 < stride < math.inf for stride in strides):
         raise ValueError(f"{op}: strides must be positive, got {strides}")
+    if not isinstance(raw, Tensor):
+        _checks.check_tensor_list(op, "raw", raw)
+    _checks.check_tensors(op, anchors=anchors)
     if anchors.requires_grad:
         raise RuntimeError(f"{op}: anchors must not require a gradient, got requires_grad=True; detach them")
-    _library.refuse_complex(op, "anchors", anchors)
+    _checks.check_real(op, anchors=anchors)
     raw = list(raw)
     _library.refuse_forward_mode(op, *raw)
     if raw:
@@ -303,6 +310,8 @@ def decode_yolo(raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]
 
 
 def _check_rows(name: str, boxes: Sequence[Tensor]) -> None:
+    if not isinstance(boxes, Tensor):
+        _checks.check_tensor_list("BoxCoder", name, boxes)
     if len(boxes) == 0:
         raise RuntimeError(f"BoxCoder: {name} must be the boxes of at least one image, got none")
     for each in boxes:
@@ -311,7 +320,7 @@ def _check_rows(name: str, boxes: Sequence[Tensor]) -> None:
 
 
 def _checked_weights(op: str, weights: Sequence[float]) -> tuple[float, ...]:
-    numbers = tuple(float(weight) for weight in weights)
+    numbers = _checks.numbers(op, "weights", weights)
     if len(numbers) != 4 or not all(0 < weight < math.inf for weight in numbers):
         raise ValueError(f"{op}: weights must be 4 positive numbers, got {numbers}")
     return numbers
@@ -319,8 +328,10 @@ def _checked_weights(op: str, weights: Sequence[float]) -> tuple[float, ...]:
 
 def _share(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> tuple[Tensor, Tensor]:
     """Both with the same leading dimensions, as views, and in dtypes that the op takes together."""
+    _checks.check_tensors(op, **{first_name: first, second_name: second})
     _library.refuse_forward_mode(op, first, second)
     if first.dtype != second.dtype:
+        _checks.check_real(op, **{first_name: first, second_name: second})
         dtype = torch.promote_types(first.dtype, second.dtype)
         second = second.to(dtype)
         if dtype != torch.float32 or not first.is_floating_point():  # halves stay beside float32
@@ -345,9 +356,10 @@ def _share_points(op: str, first_name: str, first: Tensor, points: Tensor, strid
     first, points = _share(op, first_name, first, "points", points)
     if strides is None:
         return first, points, None
+    _checks.check_tensors(op, strides=strides)
     if strides.requires_grad:
         raise RuntimeError(f"{op}: strides must not require a gradient, got requires_grad=True; detach them")
-    _library.refuse_complex(op, "strides", strides)
+    _checks.check_real(op, strides=strides)
     strides = strides.to(points.dtype)
     if strides.shape != points.shape[:-1]:
         try:

@@ -12,8 +12,9 @@ All functions share these rules, on every device:
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from . import _library
+from . import _checks, _library
 from . import boxes as _boxes
 from ._library import register_autograd, register_fake
 
@@ -55,6 +56,9 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, aligned: bool 
     Source: torchvision.ops.box_iou, which has no aligned form. It takes the areas of xywh and cxcywh boxes as w h; here
     they are converted to xyxy first, which differs in the last bits.
     """
+    if not (isinstance(boxes1, Tensor) and isinstance(boxes2, Tensor)):
+        _checks.check_tensors("box_iou", boxes1=boxes1, boxes2=boxes2)
+        return handle_torch_function(box_iou, (boxes1, boxes2), boxes1, boxes2, fmt, aligned=aligned)
     if fmt in _ROTATED:
         return _compare_rotated(boxes1, boxes2, fmt, aligned)
     if fmt not in _UPRIGHT:
@@ -226,7 +230,11 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
 
     Source: torchvision's box_iou(...).max(1), with the lower index at ties on every device.
     """
-    boxes1, boxes2 = _share_batch(*_share_dtype(boxes1.detach(), boxes2.detach()))
+    if not (isinstance(boxes1, Tensor) and isinstance(boxes2, Tensor)):
+        _checks.check_tensors("max_iou", boxes1=boxes1, boxes2=boxes2)
+        return handle_torch_function(max_iou, (boxes1, boxes2, valid), boxes1, boxes2, valid)
+    _checks.check_optional_tensors("max_iou", valid=valid)
+    boxes1, boxes2 = _share_batch(*_share_dtype("max_iou", boxes1.detach(), boxes2.detach()))
     if valid is not None and valid.ndim and valid.shape[:-1] != boxes2.shape[:-2]:
         try:
             batch = torch.broadcast_shapes(valid.shape[:-1], boxes2.shape[:-2])
@@ -238,10 +246,15 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
 
 
 def _compare(kind: int, boxes1: Tensor, boxes2: Tensor, aligned: bool, eps: float = 0.0) -> Tensor:
-    _library.refuse_forward_mode(_NAMES[kind], boxes1, boxes2)
+    op = _NAMES[kind]
+    if not (isinstance(boxes1, Tensor) and isinstance(boxes2, Tensor)):
+        _checks.check_tensors(op, boxes1=boxes1, boxes2=boxes2)
+        return handle_torch_function(_compare, (boxes1, boxes2), kind, boxes1, boxes2, aligned, eps)
+    _library.refuse_forward_mode(op, boxes1, boxes2)
+    eps = _checks.number(op, "eps", eps)
     if not eps >= 0:  # so that NaN fails too
-        raise ValueError(f"{_NAMES[kind]}: eps must be at least 0, got {eps}")
-    boxes1, boxes2 = _share_dtype(boxes1, boxes2)
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
+    boxes1, boxes2 = _share_dtype(op, boxes1, boxes2)
     boxes1, boxes2 = _share_rows(boxes1, boxes2) if aligned else _share_batch(boxes1, boxes2)
     return _library.ops.box_iou(boxes1, boxes2, kind, aligned, eps)
 
@@ -257,7 +270,7 @@ def _compare_rotated(boxes1: Tensor, boxes2: Tensor, fmt: str, aligned: bool) ->
 
 def _convert(boxes1: Tensor, boxes2: Tensor, fmt: str, out_fmt: str) -> tuple[Tensor, Tensor]:
     """Both in the dtype of the result and in another format."""
-    boxes1, boxes2 = _share_dtype(boxes1, boxes2)
+    boxes1, boxes2 = _share_dtype("box_iou", boxes1, boxes2)
     if fmt == out_fmt:
         return boxes1, boxes2
     _boxes.check_boxes("box_iou", boxes1, fmt, "boxes1")
@@ -265,10 +278,9 @@ def _convert(boxes1: Tensor, boxes2: Tensor, fmt: str, out_fmt: str) -> tuple[Te
     return _boxes.box_convert(boxes1, fmt, out_fmt), _boxes.box_convert(boxes2, fmt, out_fmt)
 
 
-def _share_dtype(boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the dtype of the result; complex boxes as they are, for the op to refuse."""
-    if boxes1.is_complex() or boxes2.is_complex():
-        return boxes1, boxes2
+def _share_dtype(op: str, boxes1: Tensor, boxes2: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the dtype of the result."""
+    _checks.check_real(op, boxes1=boxes1, boxes2=boxes2)
     double = boxes1.dtype == torch.float64 or boxes2.dtype == torch.float64
     dtype = torch.float64 if double else torch.float32
     return boxes1.to(dtype), boxes2.to(dtype)

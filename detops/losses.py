@@ -7,13 +7,16 @@ All functions share these rules, on every device:
   neither on threads nor on the processor: results and gradients are the same bits on every run.
 - float16 and bfloat16 are computed in float32. Focal losses return the dtype of `inputs`, which autocast makes float32;
   a half-precision sum above 65504 is infinite. IoU losses of half boxes are float32.
+- IoU losses and their gradients are finite, with the default eps, for all finite boxes with x1 <= x2 and y1 <= y2. Two
+  boxes without area have loss 1 and gradient 0. Inverted boxes follow the formula; NaN gives NaN.
 - Where there is a gradient there is no second derivative: asking for one is an error.
 """
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
-from . import _library
+from . import _checks, _library
 from ._library import register_autograd, register_fake
 
 # Numbers of the kinds, as csrc/losses/focal_loss.h and csrc/losses/iou_loss.h count them.
@@ -60,6 +63,11 @@ def sigmoid_focal_loss(
     takes dense targets only and gives NaN as the mean of no losses.
     """
     op = "sigmoid_focal_loss"
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        _checks.check_tensors(op, inputs=inputs, targets=targets)
+        options = {"alpha": alpha, "gamma": gamma, "reduction": reduction}
+        return handle_torch_function(sigmoid_focal_loss, (inputs, targets), inputs, targets, **options)
+    alpha = _checks.number(op, "alpha", alpha)
     if not 0 <= alpha <= 1 and alpha != -1:
         raise ValueError(f"Invalid alpha value: {op}: alpha must be from 0 to 1, or -1 for no weights, got {alpha}")
     return _focal_loss(op, _SIGMOID, inputs, targets, None, alpha, "gamma", gamma, reduction)
@@ -134,7 +142,7 @@ def varifocal_loss(
     Source: Zhang et al., VarifocalNet, CVPR 2021.
     """
     op = "varifocal_loss"
-    _check_not_negative(op, "alpha", alpha)
+    alpha = _check_not_negative(op, "alpha", alpha)
     return _focal_loss(op, _VARIFOCAL, inputs, targets, None, alpha, "gamma", gamma, reduction)
 
 
@@ -170,6 +178,7 @@ def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "n
     """
     op = "distribution_focal_loss"
     number = _number_of(op, reduction)
+    _checks.check_tensors(op, inputs=inputs, targets=targets)
     _check_no_gradient(op, "targets", targets)
     _library.refuse_forward_mode(op, inputs)
     return _library.ops.distribution_focal_loss(_for_autocast(inputs), targets, number)
@@ -190,7 +199,7 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
     Returns:
         [...], or a scalar if reduced, float32 or float64.
 
-    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    Degenerate boxes: see the notes of the module. Gradient: to both; ties of min and max are split equally, and an
     empty intersection has none.
 
     Raises:
@@ -203,7 +212,7 @@ def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "n
         tensor([0.5000, 0.5000])
 
     Source: Rezatofighi et al., Generalized Intersection over Union, CVPR 2019;
-    torchvision.ops.generalized_box_iou_loss.
+    torchvision.ops.generalized_box_iou_loss, whose loss of two boxes without area grows with their distance.
     """
     return _iou_loss("generalized_box_iou_loss", _GENERALIZED, boxes1, boxes2, reduction, eps)
 
@@ -223,7 +232,7 @@ def distance_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none
     Returns:
         [...], or a scalar if reduced, float32 or float64.
 
-    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    Degenerate boxes: see the notes of the module. Gradient: to both; ties of min and max are split equally, and an
     empty intersection has none.
 
     Raises:
@@ -235,7 +244,8 @@ def distance_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none
         >>> distance_box_iou_loss(boxes, boxes.flip(0))
         tensor([0.5312, 0.5312])
 
-    Source: Zheng et al., Distance-IoU Loss, AAAI 2020; torchvision.ops.distance_box_iou_loss.
+    Source: Zheng et al., Distance-IoU Loss, AAAI 2020; torchvision.ops.distance_box_iou_loss, whose loss of two boxes
+    without area grows with their distance.
     """
     return _iou_loss("distance_box_iou_loss", _DISTANCE, boxes1, boxes2, reduction, eps)
 
@@ -255,8 +265,8 @@ def complete_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none
     Returns:
         [...], or a scalar if reduced, float32 or float64.
 
-    Inverted boxes follow the formula; NaN gives NaN, and so does a box without width and height. Gradient: to both;
-    ties of min and max are split equally, and an empty intersection has none.
+    Degenerate boxes: see the notes of the module; v is 0 where one is a point, which has no aspect ratio. Gradient: to
+    both; ties of min and max are split equally, and an empty intersection has none.
 
     Raises:
         ValueError: `reduction` is none of the above.
@@ -268,7 +278,7 @@ def complete_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none
         tensor([0.5345, 0.5345])
 
     Source: Zheng et al., Distance-IoU Loss, AAAI 2020; torchvision.ops.complete_box_iou_loss, which takes 1e-7 for eps
-    in the distance loss whatever the argument says.
+    in the distance loss whatever the argument says, and gives NaN where a box is a point.
     """
     return _iou_loss("complete_box_iou_loss", _COMPLETE, boxes1, boxes2, reduction, eps)
 
@@ -288,7 +298,7 @@ def efficient_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "non
     Returns:
         [...], or a scalar if reduced, float32 or float64.
 
-    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    Degenerate boxes: see the notes of the module. Gradient: to both; ties of min and max are split equally, and an
     empty intersection has none.
 
     Raises:
@@ -323,7 +333,7 @@ def siou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: floa
     Returns:
         [...], or a scalar if reduced, float32 or float64.
 
-    Inverted boxes follow the formula; NaN gives NaN. Gradient: to both; ties of min and max are split equally, and an
+    Degenerate boxes: see the notes of the module. Gradient: to both; ties of min and max are split equally, and an
     empty intersection has none.
 
     Raises:
@@ -346,9 +356,11 @@ def _number_of(op: str, reduction: str) -> int:
     return _REDUCTIONS[reduction]
 
 
-def _check_not_negative(op: str, argument: str, value: float) -> None:
+def _check_not_negative(op: str, argument: str, value: float) -> float:
+    value = _checks.number(op, argument, value)
     if not 0 <= value <= torch.finfo(torch.float32).max:  # so that NaN fails too
         raise ValueError(f"{op}: {argument} must be at least 0 and finite in float32, got {value}")
+    return value
 
 
 def _check_no_gradient(op: str, argument: str, tensor: Tensor) -> None:
@@ -364,13 +376,16 @@ def _for_autocast(inputs: Tensor) -> Tensor:
 
 def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponent, reduction) -> Tensor:
     number = _number_of(op, reduction)
-    _check_not_negative(op, exponent_name, exponent)
+    exponent = _check_not_negative(op, exponent_name, exponent)
+    _checks.check_tensors(op, inputs=inputs, targets=targets)
+    if kind == _QUALITY:
+        _checks.check_tensors(op, scores=scores)
     _check_no_gradient(op, "targets", targets)
     if scores is not None:
         _check_no_gradient(op, "scores", scores)
     _library.refuse_forward_mode(op, inputs)
     inputs = _for_autocast(inputs)
-    if inputs.is_floating_point() and targets.is_floating_point():
+    if inputs.dtype != targets.dtype and {inputs.dtype, targets.dtype} <= _checks.FLOATING:
         dtype = torch.promote_types(inputs.dtype, targets.dtype)
         inputs, targets = inputs.to(dtype), targets.to(dtype)
     return _library.ops.focal_loss(inputs, targets, scores, kind, alpha, exponent, number)
@@ -378,11 +393,10 @@ def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponen
 
 def _iou_loss(op: str, kind: int, boxes1: Tensor, boxes2: Tensor, reduction: str, eps: float) -> Tensor:
     number = _number_of(op, reduction)
-    _check_not_negative(op, "eps", eps)
+    eps = _check_not_negative(op, "eps", eps)
+    _checks.check_tensors(op, boxes1=boxes1, boxes2=boxes2)
     _library.refuse_forward_mode(op, boxes1, boxes2)
-    for argument, boxes in (("boxes1", boxes1), ("boxes2", boxes2)):
-        if boxes.is_complex():
-            raise RuntimeError(f"{op}: {argument} must be floating or integer, got {_library.dtype_name(boxes.dtype)}")
+    _checks.check_real(op, boxes1=boxes1, boxes2=boxes2)
     dtype = torch.float64 if torch.float64 in (boxes1.dtype, boxes2.dtype) else torch.float32
     return _library.ops.iou_loss(boxes1.to(dtype), boxes2.to(dtype), kind, eps, number)
 

@@ -184,9 +184,10 @@ def test_forward_derivatives():
 def test_integer_boxes(dtype):
     boxes = torch.tensor([[1, 2, 4, 9], [0, 0, 100, 7]], dtype=dtype)
     area = detops.box_area(boxes)
-    assert area.tolist() == [21, 700] and area.dtype == (torch.int64 if dtype == torch.int64 else torch.int32)
+    assert area.tolist() == [21, 700] and area.dtype == torch.int64
     sides = detops.box_convert(boxes, "xyxy", "xywh")
-    assert sides.tolist() == [[1, 2, 3, 7], [0, 0, 100, 7]] and sides.dtype == dtype
+    assert sides.tolist() == [[1, 2, 3, 7], [0, 0, 100, 7]]
+    assert sides.dtype == (dtype if dtype.itemsize >= 4 else torch.int32)
     centres = detops.box_convert(boxes, "xyxy", "cxcywh")
     assert centres.tolist() == [[2.5, 5.5, 3, 7], [50, 3.5, 100, 7]] and centres.dtype == torch.float32
     clipped = detops.clip_boxes_to_image(boxes, (5, 50))
@@ -302,6 +303,10 @@ def test_the_values_and_gradients_of_torchvision(torchvision, dtype, gradient):
     def check_same(name, boxes, *arguments):
         leaves = [boxes.clone().requires_grad_(gradient) for _ in range(2)]
         got, expected = getattr(detops, name)(leaves[0], *arguments), getattr(ops, name)(leaves[1], *arguments)
+        if name == "box_area" and not dtype.is_floating_point:
+            expected = expected.long()  # int32 there, in which large areas wrap
+        if name == "box_convert" and dtype == torch.uint8 and got.dtype == torch.int32:
+            got = got.to(torch.uint8)  # as there: uint8, in which sums wrap
         assert got.dtype == expected.dtype and torch.equal(got, expected)
         if gradient:
             weights = torch.arange(got.numel(), dtype=dtype).reshape(got.shape).cos()

@@ -300,8 +300,8 @@ BOXES = torch.zeros(3, 4)
         (BOXES, torch.zeros(3, 1), True, r"boxes2 must have shape \[..., 4\], got \[3, 1\]"),
         (BOXES, torch.tensor(1.0), True, r"boxes2 must have shape \[..., 4\], got \[\]"),
         (BOXES, torch.zeros(2, 4), True, r"boxes2 must have the shape of boxes1 \(\[3, 4\]\), got \[2, 4\]"),
-        (BOXES.to(torch.complex64), BOXES, False, "boxes1 must be float32 or float64, got complex64"),
-        (BOXES, BOXES.to(torch.complex64), True, r"boxes2 must have the dtype of boxes1 \(float32\), got complex64"),
+        (BOXES.to(torch.complex64), BOXES, False, "boxes1 must be float16, .* or integer, got complex64"),
+        (BOXES, BOXES.to(torch.complex64), True, "boxes2 must be float16, .* or integer, got complex64"),
     ],
 )
 def test_bad_shapes(device, kind, boxes1, boxes2, aligned, message):

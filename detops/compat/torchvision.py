@@ -24,7 +24,9 @@ is exchanged and not their names, so nothing has to be imported or built again. 
 Results are torchvision's up to rounding. They differ where the docstrings of the functions say so, above all:
 half-precision boxes are computed in float32, `batched_nms` does not merge classes where coordinates are negative, a
 batch index out of range is an error, `MultiScaleRoIAlign` takes the scales of its maps from the longer side of the
-images and not from their height, and IoUs, their losses and the coders have no second derivative.
+images and not from their height, areas of integer boxes are int64 and do not wrap, nor do conversions of boxes of less
+than 32 bits, which give int32, the losses of two boxes without area are 1 and have no gradient, and IoUs, their losses
+and the coders have no second derivative.
 
 torchvision's own code still runs under TorchScript, tracing and export, in torch.func transforms and forward-mode
 derivatives, for tensors that are quantised or on devices that detops has no kernels for, for arguments that detops
