@@ -74,6 +74,14 @@ def integers(op: str, argument: str, values: Iterable) -> tuple[int, ...]:
     return tuple(integer(op, argument, value) for value in _each_of(op, argument, "integers", values))
 
 
+def height_and_width(op: str, argument: str, sides: Iterable) -> tuple[int, int]:
+    """Two integers, see `integer`."""
+    found = integers(op, argument, sides)
+    if len(found) != 2:
+        raise ValueError(f"{op}: {argument} must be (height, width), got {found}")
+    return found
+
+
 def number(op: str, argument: str, value: Any) -> float:
     """An option as a float: of NumPy's numbers, 0-d tensors and all else that `float` takes, but for text. An integer
     stays one."""

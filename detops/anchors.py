@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from . import _library
-from ._checks import check_tensor_list, integers, kind_of, number, numbers
+from ._checks import check_tensor_list, check_tensors, integer, integers, kind_of, number, numbers
 from ._library import register_fake
 
 # Numbers of the metrics, as csrc/anchors/anchors.h counts them.
@@ -441,6 +441,9 @@ def kmeans_anchors(
     KMeans moves anchors that have lost their sizes, which stay here.
     """
     op = "kmeans_anchors"
+    check_tensors(op, sizes=sizes)
+    k, seed = integer(op, "k", k), integer(op, "seed", seed)
+    max_iterations = integer(op, "max_iterations", max_iterations)
     if metric not in _METRICS:
         raise ValueError(f"{op}: metric must be 'iou' or 'euclidean', got {metric!r}")
     if max_iterations < 0:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._checks import check_optional_tensors, check_tensors, height_and_width, integer, number, numbers
 from ._library import register_autograd, register_fake
 from .losses import _check_no_gradient, _check_not_negative, _for_autocast, _number_of
 
@@ -70,14 +71,19 @@ def assign_yolo_grid(
     Source: Redmon et al., "You Only Look Once", CVPR 2016 (where sides are divided by those of the image), with
     sides in cells and anchors as in its textbook form.
     """
-    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    height, width = image_size
+    op = "assign_yolo_grid"
+    check_tensors(op, gt_boxes=gt_boxes, gt_labels=gt_labels, gt_valid=gt_valid)
+    check_optional_tensors(op, anchors=anchors)
+    is_pair = isinstance(grid_size, list | tuple) or getattr(grid_size, "ndim", 0) > 0
+    rows, columns = height_and_width(op, "grid_size", grid_size if is_pair else (grid_size, grid_size))
+    height, width = height_and_width(op, "image_size", image_size)
+    num_classes = integer(op, "num_classes", num_classes)
     if rows < 1 or columns < 1:
-        raise ValueError(f"assign_yolo_grid: grid_size must be positive, got {grid_size}")
+        raise ValueError(f"{op}: grid_size must be positive, got {grid_size}")
     if height < 1 or width < 1:
-        raise ValueError(f"assign_yolo_grid: image_size must be positive, got {tuple(image_size)}")
+        raise ValueError(f"{op}: image_size must be positive, got {height, width}")
     if num_classes < 0:
-        raise ValueError(f"assign_yolo_grid: num_classes must be at least 0, got {num_classes}")
+        raise ValueError(f"{op}: num_classes must be at least 0, got {num_classes}")
     anchors = None if anchors is None else anchors.detach()
     return _library.ops.assign_yolo_grid(
         gt_boxes.detach(), gt_labels, gt_valid, anchors, rows, columns, height, width, num_classes
@@ -111,9 +117,12 @@ def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: T
 
     Source: the inverse of the formulas above.
     """
-    height, width = image_size
-    if not (0 < height < math.inf and 0 < width < math.inf):
-        raise ValueError(f"decode_yolo_grid: image_size must be positive and finite, got {tuple(image_size)}")
+    check_tensors("decode_yolo_grid", targets=targets)
+    check_optional_tensors("decode_yolo_grid", anchors=anchors)
+    sides = numbers("decode_yolo_grid", "image_size", image_size)
+    if len(sides) != 2 or not all(0 < side < math.inf for side in sides):
+        raise ValueError(f"decode_yolo_grid: image_size must be positive and finite, got {sides}")
+    height, width = sides
     for name, each in (("targets", targets), ("anchors", anchors)):
         if each is not None and not each.is_floating_point():
             got = _library.dtype_name(each.dtype)
@@ -184,12 +193,15 @@ def yolo_loss(
     Source: Redmon et al., "You Only Look Once", CVPR 2016, equation 3, with the target 1 for the objectness in place of
     an IoU.
     """
-    _check_not_negative("yolo_loss", "lambda_coord", lambda_coord)
-    _check_not_negative("yolo_loss", "lambda_noobj", lambda_noobj)
-    number = _number_of("yolo_loss", reduction)
-    _check_no_gradient("yolo_loss", "targets", targets)
-    _library.refuse_forward_mode("yolo_loss", predictions)
-    return _library.ops.yolo_loss(_for_autocast(predictions), targets, lambda_coord, lambda_noobj, number)
+    op = "yolo_loss"
+    check_tensors(op, predictions=predictions, targets=targets)
+    lambda_coord, lambda_noobj = number(op, "lambda_coord", lambda_coord), number(op, "lambda_noobj", lambda_noobj)
+    _check_not_negative(op, "lambda_coord", lambda_coord)
+    _check_not_negative(op, "lambda_noobj", lambda_noobj)
+    code = _number_of(op, reduction)
+    _check_no_gradient(op, "targets", targets)
+    _library.refuse_forward_mode(op, predictions)
+    return _library.ops.yolo_loss(_for_autocast(predictions), targets, lambda_coord, lambda_noobj, code)
 
 
 @register_fake("assign_yolo_grid")

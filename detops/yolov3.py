@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import _library
+from ._checks import check_tensors, height_and_width, integers, number
 from ._library import register_fake
 
 
@@ -70,16 +71,18 @@ def assign_yolov3(
 
     Source: Redmon and Farhadi, "YOLOv3", 2018, as mmdetection's GridAssigner states it.
     """
-    height, width = image_size
+    op = "assign_yolov3"
+    check_tensors(op, gt_boxes=gt_boxes, gt_labels=gt_labels, gt_valid=gt_valid, anchors=anchors)
+    strides, (height, width) = integers(op, "strides", strides), height_and_width(op, "image_size", image_size)
+    iou_threshold = number(op, "iou_threshold", iou_threshold)
     for stride in strides:
         if stride <= 0 or height % stride or width % stride:
-            raise ValueError(
-                f"assign_yolov3: image_size must be a multiple of the strides {list(strides)}, got {tuple(image_size)}"
-            )
+            got = f"{height, width}"
+            raise ValueError(f"{op}: image_size must be a multiple of the strides {list(strides)}, got {got}")
     if height < 0 or width < 0:
-        raise ValueError(f"assign_yolov3: image_size must be at least 0, got {tuple(image_size)}")
+        raise ValueError(f"{op}: image_size must be at least 0, got {height, width}")
     if not iou_threshold >= 0:
-        raise ValueError(f"assign_yolov3: iou_threshold must be at least 0, got {iou_threshold}")
+        raise ValueError(f"{op}: iou_threshold must be at least 0, got {iou_threshold}")
     return Yolov3Targets(
         *_library.ops.assign_yolov3(
             *(gt_boxes.detach(), gt_labels, gt_valid, anchors.detach()),

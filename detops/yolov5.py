@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _library
+from ._checks import check_tensors, height_and_width, integers, number
 from ._library import register_fake
 
 
@@ -76,21 +77,22 @@ def assign_yolov5(
 
     Source: YOLOv5 (2020), whose exact rows `yolov5_target_lists` gives.
     """
-    height, width = image_size
+    op = "assign_yolov5"
+    check_tensors(op, gt_boxes=gt_boxes, gt_labels=gt_labels, gt_valid=gt_valid, anchors=anchors)
+    strides, (height, width) = integers(op, "strides", strides), height_and_width(op, "image_size", image_size)
     for stride in strides:
         if stride <= 0 or height % stride or width % stride:
-            raise ValueError(
-                f"assign_yolov5: image_size must be a multiple of the strides {list(strides)}, got {tuple(image_size)}"
-            )
+            got = f"{height, width}"
+            raise ValueError(f"{op}: image_size must be a multiple of the strides {list(strides)}, got {got}")
     if height < 0 or width < 0:
-        raise ValueError(f"assign_yolov5: image_size must be at least 0, got {tuple(image_size)}")
-    _check_ratio("assign_yolov5", ratio_threshold)
+        raise ValueError(f"{op}: image_size must be at least 0, got {height, width}")
+    ratio_threshold = _checked_ratio(op, ratio_threshold)
     if gt_boxes.shape[-1:] != (4,):  # what follows would hide it from the op
-        raise RuntimeError(f"assign_yolov5: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
+        raise RuntimeError(f"{op}: gt_boxes must have shape [B, M, 4], got {list(gt_boxes.shape)}")
     if anchors.ndim != 3 or anchors.shape[0] != len(strides) or anchors.shape[2] != 2:
         rule = f"[{len(strides)}, A, 2] as of strides"
-        raise RuntimeError(f"assign_yolov5: anchors must have shape {rule}, got {list(anchors.shape)}")
-    _library.refuse_complex("assign_yolov5", "gt_boxes", gt_boxes)
+        raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")
+    _library.refuse_complex(op, "gt_boxes", gt_boxes)
     dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
     low, high = gt_boxes.detach().to(dtype).split(2, dim=-1)
     size = _library.filled([width, height], gt_boxes, dtype)
@@ -136,7 +138,9 @@ def yolov5_target_lists(
     Source: the build_targets of YOLOv5's loss.
     """
     op = "yolov5_target_lists"
+    check_tensors(op, targets=targets, anchors=anchors)
     _library.refuse_vmap(op, targets, anchors)
+    grid_sizes = [height_and_width(op, "grid_sizes", size) for size in grid_sizes]
     if targets.ndim != 2 or targets.shape[1] != 6:
         raise RuntimeError(f"{op}: targets must have shape [n, 6], got {list(targets.shape)}")
     for name, each in (("targets", targets), ("anchors", anchors)):
@@ -148,7 +152,7 @@ def yolov5_target_lists(
         raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")
     if anchors.device != targets.device:
         raise RuntimeError(f"{op}: anchors must be on the device of targets ({targets.device}), got {anchors.device}")
-    _check_ratio(op, ratio_threshold)
+    ratio_threshold = _checked_ratio(op, ratio_threshold)
     if any(min(size) < 0 for size in grid_sizes):
         raise ValueError(f"{op}: grid_sizes must be at least 0, got {list(grid_sizes)}")
     targets, anchors = targets.detach(), anchors.detach()
@@ -174,9 +178,11 @@ def yolov5_target_lists(
     return found
 
 
-def _check_ratio(op: str, ratio_threshold: float) -> None:
+def _checked_ratio(op: str, ratio_threshold: float) -> float:
+    ratio_threshold = number(op, "ratio_threshold", ratio_threshold)
     if not ratio_threshold > 1:
         raise ValueError(f"{op}: ratio_threshold must be above 1, got {ratio_threshold}")
+    return ratio_threshold
 
 
 @register_fake("assign_yolov5")
