@@ -159,13 +159,14 @@ def yolov5_target_lists(
     numbers = targets[:, :2]
     known = (numbers > -1) & (numbers < 2**31)  # of others an integer is not defined
     valid = known.all(dim=1)
-    if targets.device.type == "cpu" and not valid.all():
+    # The op sees to it in any case, by the label: worded here where a value can be looked at.
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not valid.all():
         row = valid.int().argmin().item()
         got = f"{numbers[row].tolist()} in row {row}"
         raise RuntimeError(f"{op}: targets must have an image and a class from 0 to 2147483647, got {got}")
-    images, labels = torch.where(known, numbers, 0).long().unbind(1)
+    images, labels = torch.where(valid[:, None], numbers, -1).long().unbind(1)
     indices, gt_indices, labels, boxes, counts = _library.ops.assign_yolov5(
-        *(targets[None, :, 2:], labels[None], valid[None], anchors),
+        *(targets[None, :, 2:], labels[None], torch.ones_like(valid)[None], anchors),
         *([height for height, _ in grid_sizes], [width for _, width in grid_sizes], ratio_threshold),
     )
     found = ([], [], [], [])
