@@ -72,36 +72,73 @@ std::vector<Candidates<RankKey<T>>> collect_candidates(const T* scores, const Pa
   return images;
 }
 
-// Greedy suppression over the candidates of one image, best first, until enough are kept. Sorts only as many
-// candidates as are looked at. Writes the pairs that stay and returns how many.
+// The boxes of one image that were kept so far, and their pairs.
+template <class T>
+struct KeptOfImage {
+  KeptBuckets<Box<T>> by_class;
+  std::optional<KeptIndex<Box<T>>> index;  // in place of by_class, once many are kept
+  Counted<uint32_t> pairs;                 // [max_detections]
+  int64_t count = 0;
+};
+
+// Greedy suppression over sorted candidates, from `begin` on, until `most` are kept. Returns where it stopped.
 template <class T, class Key>
-int64_t suppress_image(const T* boxes, const PairLayout& layout, int64_t image, const MulticlassOptions& options,
-                       Candidates<Key>& candidates, KeptBuckets<ComputeType<T>>& kept_boxes, uint32_t* kept_pairs) {
+DETOPS_CLONES int64_t suppress_sorted(const T* boxes, const PairLayout& layout, int64_t image,
+                                      const MulticlassOptions& options, const Keyed<Key>* candidates, int64_t begin,
+                                      int64_t end, int64_t most, KeptOfImage<ComputeType<T>>& kept) {
   using Compute = ComputeType<T>;
   const IouThreshold<Compute> threshold(options.iou_threshold);
-  kept_boxes.reset(options.class_agnostic ? 1 : layout.classes);
-  const int64_t count = static_cast<int64_t>(candidates.size());
-  const int64_t considered = min_of(count, options.max_candidates);
-  int64_t kept = 0, sorted = 0, step = max_of<int64_t>(256, 2 * min_of(options.max_detections, count));
-  for (int64_t i = 0; i < considered && kept < options.max_detections; ++i) {
-    if (i == sorted) {
-      const int64_t end = min_of(sorted + step, count);
-      if (end < count) std::nth_element(candidates.begin() + sorted, candidates.begin() + end, candidates.end());
-      std::sort(candidates.begin() + sorted, candidates.begin() + end);
-      sorted = end;
-      step *= 2;
-    }
+  const bool decisive = decides(options.iou_threshold);
+  int64_t i = begin;
+  for (; i < end && kept.count < most; ++i) {
     const uint32_t pair = candidates[i].index;
     const Box<Compute> box = load_pair_box<Compute>(boxes, layout, image, pair);
     const Compute area = box_area(box);
-    if (can_overlap(box, area)) {
-      const int64_t bucket = options.class_agnostic ? 0 : pair % layout.classes;
-      if (kept_boxes.suppresses(bucket, box, area, threshold)) continue;
-      kept_boxes.add(bucket, box, area);
+    if (decisive && takes_part(box, area)) {
+      const auto label = static_cast<uint32_t>(options.class_agnostic ? 0 : pair % layout.classes);
+      if (kept.index.has_value()) {
+        if (kept.index->suppresses(label, box, area, threshold)) continue;
+        kept.index->add(label, box, area);
+      } else {
+        if (kept.by_class.suppresses(label, label, box, area, threshold)) continue;
+        kept.by_class.add(label, label, box, area);
+      }
     }
-    kept_pairs[kept++] = pair;
+    kept.pairs[kept.count++] = pair;
   }
-  return kept;
+  return i;
+}
+
+// The same over the candidates of one image, in any order. Sorts only as many as are looked at.
+template <class T, class Key>
+void suppress_image(const T* boxes, const PairLayout& layout, int64_t image, const MulticlassOptions& options,
+                    Candidates<Key>& candidates, KeptOfImage<ComputeType<T>>& kept) {
+  using B = Box<ComputeType<T>>;
+  const int64_t count = static_cast<int64_t>(candidates.size());
+  const int64_t considered = min_of(count, options.max_candidates);
+  const int64_t most = min_of(considered, options.max_detections);
+  const bool indexed = most > kIndexPays && KeptIndex<B>::serves(options.iou_threshold);
+  kept.count = 0;
+  kept.index.reset();
+  kept.by_class.reset(options.class_agnostic ? 1 : layout.classes, indexed ? kIndexPays : most);
+  int64_t looked_at = 0, sorted = 0, step = max_of<int64_t>(256, 2 * most);
+  while (looked_at < considered && kept.count < most) {
+    if (looked_at == sorted) {
+      sorted = min_of(looked_at + step, count);
+      step *= 2;
+      if (sorted < count) {
+        std::nth_element(candidates.begin() + looked_at, candidates.begin() + sorted, candidates.end());
+      }
+      std::sort(candidates.begin() + looked_at, candidates.begin() + sorted);
+    }
+    const bool by_class = indexed && !kept.index.has_value();
+    looked_at = suppress_sorted(boxes, layout, image, options, candidates.data(), looked_at,
+                                min_of(sorted, considered), by_class ? kIndexPays : most, kept);
+    if (by_class && kept.count == kIndexPays) {
+      kept.index.emplace(options.iou_threshold, most);
+      kept.by_class.for_each([&](uint32_t label, const B& box) { kept.index->add(label, box, box_area(box)); });
+    }
+  }
 }
 
 // Copies what was kept to the outputs and fills the rest of the rows.
@@ -147,10 +184,12 @@ void multiclass_nms_cpu(const Tensor& boxes, const Tensor& scores, const PairLay
       using T = typename decltype(tag)::type;
       const T* const data = boxes.const_data_ptr<T>();
       parallel_items(layout.images, [&](const auto& next) {
-        KeptBuckets<ComputeType<T>> kept_boxes;
+        KeptOfImage<ComputeType<T>> kept;
         for (int64_t image = next(); image >= 0; image = next()) {
-          counts[image] = suppress_image(data, layout, image, options, candidates[image], kept_boxes,
-                                         kept_pairs.get() + image * options.max_detections);
+          kept.pairs = {"multiclass_nms", "kept pairs", kept_pairs.get() + image * options.max_detections,
+                        options.max_detections};
+          suppress_image(data, layout, image, options, candidates[image], kept);
+          counts[image] = kept.count;
         }
       });
     });

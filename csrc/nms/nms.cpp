@@ -1,6 +1,7 @@
 // nms, batched_nms and nms_rotated: schema, checks, and the CPU kernels.
 #include "nms/nms.h"
 
+#include <algorithm>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -10,31 +11,20 @@
 #include "common/parallel_cpu.h"
 #include "common/sort_cpu.h"
 #include "nms/kept_boxes_cpu.h"
-#include "nms/scale_index_cpu.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
 
-// Lists are tested faster than cells are found while few boxes are kept.
-constexpr int64_t kIndexPays = 512;
-
-template <class T>
-struct Scratch {
-  KeptList<T> list;
-  KeptBuckets<T> buckets;
-  KeptRotated<T> rotated;
-};
-
-// Greedy suppression over boxes in rank order, from `begin` on, against a list of the kept ones. Stops where the list
+// Greedy suppression over boxes in rank order, from the first on, against a list of the kept ones. Stops where the list
 // has grown to `most_kept`. Returns the position where it stopped.
-template <class T>
-DETOPS_CLONES int64_t suppress_by_list(const Box<T>* boxes, int64_t count, int64_t most_kept,
-                                       const IouThreshold<T>& threshold, KeptList<T>& kept, uint8_t* keep) {
+template <class B, class T>
+DETOPS_CLONES int64_t suppress_by_list(const B* boxes, int64_t count, int64_t most_kept,
+                                       const IouThreshold<T>& threshold, KeptList<B>& kept, uint8_t* keep) {
   int64_t added = 0, i = 0;
   for (; i < count && added < most_kept; ++i) {
     const T area = box_area(boxes[i]);
     keep[i] = 1;
-    if (!can_overlap(boxes[i], area)) continue;
+    if (!takes_part(boxes[i], area)) continue;
     if (kept.suppresses(boxes[i], area, threshold)) {
       keep[i] = 0;
     } else {
@@ -46,80 +36,32 @@ DETOPS_CLONES int64_t suppress_by_list(const Box<T>* boxes, int64_t count, int64
 }
 
 // The same for boxes [decided, count), through an index of the kept ones. keep[0, decided) is known.
-template <class T>
-DETOPS_CLONES void suppress_by_index(const Box<T>* boxes, int64_t decided, int64_t count, const ScaleIndex& index,
-                                     const IouThreshold<T>& threshold, KeptBuckets<T>& kept, uint8_t* keep) {
-  ScaleIndex::Cells x, y;
-  kept.reset(index.buckets());
+template <class B, class T>
+DETOPS_CLONES void suppress_by_index(const B* boxes, int64_t decided, int64_t count, const IouThreshold<T>& threshold,
+                                     KeptIndex<B>& kept, uint8_t* keep) {
   for (int64_t i = 0; i < count; ++i) {
-    const Box<T>& box = boxes[i];
-    const T area = box_area(box);
+    const T area = box_area(boxes[i]);
     if (i >= decided) keep[i] = 1;
-    if (!keep[i] || !can_overlap(box, area)) continue;
-    const double width = double(box.x2) - double(box.x1), height = double(box.y2) - double(box.y1);
-    if (i >= decided) {
-      index.reach(box.x1, width, x);
-      index.reach(box.y1, height, y);
-      bool suppressed = false;
-      for (int iy = 0; iy < y.count && !suppressed; ++iy) {
-        for (int ix = 0; ix < x.count && !suppressed; ++ix) {
-          suppressed = kept.suppresses(index.bucket(x.hash[ix], y.hash[iy]), box, area, threshold);
-        }
-      }
-      keep[i] = !suppressed;
-      if (suppressed) continue;
+    if (!keep[i] || !takes_part(boxes[i], area)) continue;
+    if (i >= decided && kept.suppresses(0, boxes[i], area, threshold)) {
+      keep[i] = 0;
+    } else {
+      kept.add(0, boxes[i], area);
     }
-    kept.add(index.bucket(index.home(box.x1, width), index.home(box.y1, height)), box, area);
   }
-}
-
-template <class T>
-bool index_covers(const Box<T>* boxes, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (can_overlap(boxes[i], box_area(boxes[i])) && !ScaleIndex::covers(boxes[i])) return false;
-  }
-  return true;
 }
 
 // One segment: boxes in rank order, none separated by class. keep[i] becomes 1 where the box stays.
-template <class T>
-void suppress_segment(const Box<T>* boxes, int64_t count, double iou_threshold, Scratch<T>& scratch, uint8_t* keep) {
-  const IouThreshold<T> threshold(iou_threshold);
-  const bool indexed = count > kIndexPays && iou_threshold >= ScaleIndex::kLowestThreshold;
+template <class B>
+void suppress_segment(const B* boxes, int64_t count, double iou_threshold, KeptList<B>& list, uint8_t* keep) {
+  const IouThreshold<typename B::Scalar> threshold(iou_threshold);
+  const bool indexed = count > kIndexPays && KeptIndex<B>::serves(iou_threshold);
   const int64_t most_kept = indexed ? kIndexPays : count;
-  scratch.list.reset(most_kept);
-  const int64_t decided = suppress_by_list(boxes, count, most_kept, threshold, scratch.list, keep);
+  list.reset(most_kept);
+  const int64_t decided = suppress_by_list(boxes, count, most_kept, threshold, list, keep);
   if (decided == count) return;
-  if (index_covers(boxes, count)) {
-    const ScaleIndex index(iou_threshold, count - decided);
-    suppress_by_index(boxes, decided, count, index, threshold, scratch.buckets, keep);
-  } else {
-    scratch.list.reset(count);
-    suppress_by_list(boxes, count, count, threshold, scratch.list, keep);
-  }
-}
-
-// Rotated boxes: one by one against the kept ones, of which few can meet the candidate.
-template <class T>
-DETOPS_CLONES void suppress_rotated(const RotatedBox<T>* boxes, int64_t count, const IouThreshold<T>& threshold,
-                                    KeptRotated<T>& kept, uint8_t* keep) {
-  kept.reset(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const T area = box_area(boxes[i]);
-    keep[i] = 1;
-    if (!can_overlap(boxes[i], area)) continue;
-    if (kept.suppresses(boxes[i], area, threshold)) {
-      keep[i] = 0;
-    } else {
-      kept.add(boxes[i]);
-    }
-  }
-}
-
-template <class T>
-void suppress_segment(const RotatedBox<T>* boxes, int64_t count, double iou_threshold, Scratch<T>& scratch,
-                      uint8_t* keep) {
-  suppress_rotated(boxes, count, IouThreshold<T>(iou_threshold), scratch.rotated, keep);
+  KeptIndex<B> index(iou_threshold, count - decided + most_kept);
+  suppress_by_index(boxes, decided, count, threshold, index, keep);
 }
 
 // Ranks of the scores: item r holds the key and the index of the r-th best.
@@ -170,6 +112,8 @@ Segments group_by_id(const int64_t* idxs, const uint32_t* order, int64_t count) 
   return segments;
 }
 
+constexpr int64_t kBoxesPerThread = 4096;  // that loading pays a thread for
+
 // keep[r] becomes 1 where the r-th best box stays.
 template <class B, class Source>
 void suppress_segments(const Source* boxes, const uint32_t* order, const Segments& segments, int64_t count,
@@ -177,16 +121,18 @@ void suppress_segments(const Source* boxes, const uint32_t* order, const Segment
   const std::unique_ptr<B[]> sorted(new B[count]);
   const bool grouped = segments.ranks != nullptr;
   const auto rank_of = [&](int64_t i) { return grouped ? segments.ranks[i] : i; };
-  for (int64_t i = 0; i < count; ++i) load(boxes + B::kCoordinates * int64_t(order[rank_of(i)]), sorted[i]);
+  parallel_ranges(count, kBoxesPerThread, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) load(boxes + B::kCoordinates * int64_t(order[rank_of(i)]), sorted[i]);
+  });
   const std::unique_ptr<uint8_t[]> keep_grouped(grouped ? new uint8_t[count] : nullptr);
   uint8_t* const result = grouped ? keep_grouped.get() : keep;
 
   const auto& begins = segments.begins;
   parallel_items(static_cast<int64_t>(begins.size()) - 1, [&](const auto& next) {
-    Scratch<typename B::Scalar> scratch;
+    KeptList<B> list;
     for (int64_t item = next(); item >= 0; item = next()) {
       const int64_t begin = begins[item];
-      suppress_segment(sorted.get() + begin, begins[item + 1] - begin, iou_threshold, scratch, result + begin);
+      suppress_segment(sorted.get() + begin, begins[item + 1] - begin, iou_threshold, list, result + begin);
     }
   });
   if (grouped) {
@@ -198,6 +144,11 @@ Tensor nms_cpu(const char* op, const Tensor& boxes, const Tensor& scores, const 
   const int64_t count = boxes.size(0);
   if (count == 0) return allocate(op, {0}, ScalarType::Long, boxes);
   const auto order = rank_order(scores);
+  if (!decides(iou_threshold)) {
+    const Tensor all = allocate(op, {count}, ScalarType::Long, boxes);
+    std::copy(order.get(), order.get() + count, all.mutable_data_ptr<int64_t>());
+    return all;
+  }
   const Segments segments =
       idxs ? group_by_id(idxs->const_data_ptr<int64_t>(), order.get(), count) : Segments{nullptr, {0, count}};
   const std::unique_ptr<uint8_t[]> keep(new uint8_t[count]);

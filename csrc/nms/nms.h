@@ -34,6 +34,10 @@ struct IouThreshold {
   }
 };
 
+// Whether boxes can suppress each other at all: no IoU exceeds 1, computed or exact. The computed intersection is at
+// most each of both areas, and what rounding leaves of their sum less the intersection is then at least that.
+inline bool decides(double iou_threshold) { return iou_threshold < 1; }
+
 // The decision: the box that ranks first drops the other. Strict, and false where the IoU is NaN.
 template <class T>
 DETOPS_HD bool suppresses(const Box<T>& a, T area_a, const Box<T>& b, T area_b, const IouThreshold<T>& threshold) {
@@ -58,6 +62,17 @@ DETOPS_HD bool may_suppress(const RotatedBox<T>& a, T area_a, const RotatedBox<T
                             const IouThreshold<T>& threshold) {
   const T bound = T(0.9999) * threshold.exact;
   return circles_meet(a, b) & (min_of(area_a, area_b) >= bound * max_of(area_a, area_b));
+}
+
+// False if the IoU with anything is 0 or NaN: such a box stays, and suppresses nothing.
+template <class T>
+DETOPS_HD bool takes_part(const Box<T>& box, T area) {
+  return can_overlap(box, area);
+}
+template <class T>
+DETOPS_HD bool takes_part(const RotatedBox<T>& box, T area) {
+  const T nought = (box.centre_x - box.centre_x) + (box.centre_y - box.centre_y) + (box.angle - box.angle);
+  return can_overlap(box, area) & (nought == T(0));  // else infinite, or NaN
 }
 
 // Boxes in ascending order of (rank_key of the score, index) are in descending order of score, NaN first, -0 equal to
