@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,21 @@ def refuse_vmap(op: str, *tensors: torch.Tensor) -> None:
         return
     if any(isinstance(each, torch.Tensor) and torch._C._functorch.is_batchedtensor(each) for each in tensors):
         raise RuntimeError(f"{op}: its arguments must not be under vmap")
+
+
+def plain(result: torch.Tensor) -> torch.Tensor:
+    """A plain tensor, for a result that is no box: torchvision's `set_return_type("TVTensor")` makes all that is
+    computed of boxes boxes."""
+    if type(result) is torch.Tensor or not isinstance(result, _tv_tensor()):
+        return result
+    with torch._C.DisableTorchFunctionSubclass():
+        return result.as_subclass(torch.Tensor)
+
+
+def _tv_tensor() -> type | tuple:
+    """The class of torchvision's boxes, images and masks, if there can be any: no class otherwise."""
+    module = sys.modules.get("torchvision.tv_tensors")
+    return () if module is None else module.TVTensor
 
 
 def filled(values: Sequence[float], like: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

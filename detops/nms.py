@@ -7,7 +7,7 @@ All functions share these rules, on every device:
 - Order: descending score, ties to the lower index; NaN scores come first, as in torch.sort.
 - Boxes that are inverted, of zero area, infinite or NaN are never suppressed and suppress nothing.
 - Boxes and scores are float16, bfloat16, float32 or float64, and may differ.
-- Results are indices or copies of inputs: there are no gradients.
+- Results are indices or copies of inputs, in plain tensors: there are no gradients.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.library import get_ctx
 
 from . import _library
-from ._library import register_fake
+from ._checks import check_optional_tensors, check_tensors, integer, number
+from ._library import plain, register_fake
 
 
 def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -29,7 +30,7 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Args:
         boxes: [N, 4] xyxy, floating.
         scores: [N], floating.
-        iou_threshold: at least 0. From 1 on nothing is suppressed.
+        iou_threshold: at least 0. From 1 on nothing is suppressed: the result is the order, at once.
 
     Returns:
         int64 [K]: the indices of the boxes that stay, by descending score.
@@ -50,8 +51,9 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     Source: torchvision.ops.nms, with the results of its CPU kernel on every device (its CUDA kernel narrows the
     threshold to float32).
     """
-    _check_threshold("nms", "iou_threshold", iou_threshold)
-    return _library.ops.nms(boxes, scores, iou_threshold)
+    if not (isinstance(boxes, Tensor) and isinstance(scores, Tensor)):
+        check_tensors("nms", boxes=boxes, scores=scores)
+    return plain(_library.ops.nms(boxes, scores, _checked_threshold("nms", iou_threshold)))
 
 
 def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
@@ -82,8 +84,8 @@ def batched_nms(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: floa
     Source: torchvision.ops.batched_nms, with the results of its per-class loop and ties to the lower index. (It shifts
     the coordinates of each class apart for some inputs, which rounds them and merges classes where some are negative.)
     """
-    _check_threshold("batched_nms", "iou_threshold", iou_threshold)
-    return _library.ops.batched_nms(boxes, scores, idxs, iou_threshold)
+    check_tensors("batched_nms", boxes=boxes, scores=scores, idxs=idxs)
+    return plain(_library.ops.batched_nms(boxes, scores, idxs, _checked_threshold("batched_nms", iou_threshold)))
 
 
 def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None = None) -> Tensor:
@@ -116,8 +118,9 @@ def nms_rotated(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tenso
 
     Source: detectron2's nms_rotated (which suppresses at IoU >= threshold on CPU and > on CUDA; here > on both).
     """
-    _check_threshold("nms_rotated", "iou_threshold", iou_threshold)
-    return _library.ops.nms_rotated(boxes, scores, iou_threshold, idxs)
+    check_tensors("nms_rotated", boxes=boxes, scores=scores)
+    check_optional_tensors("nms_rotated", idxs=idxs)
+    return plain(_library.ops.nms_rotated(boxes, scores, _checked_threshold("nms_rotated", iou_threshold), idxs))
 
 
 @_library.register_result
@@ -181,29 +184,35 @@ def multiclass_nms(
     Source: the post-processing of common detectors; the padded outputs follow TensorRT's EfficientNMS, whose result has
     no indices.
     """
-    _check_threshold("multiclass_nms", "iou_threshold", iou_threshold)
+    check_tensors("multiclass_nms", boxes=boxes, scores=scores)
+    iou_threshold = _checked_threshold("multiclass_nms", iou_threshold)
+    score_threshold = number("multiclass_nms", "score_threshold", score_threshold)
     if score_threshold != score_threshold:
         raise ValueError("multiclass_nms: score_threshold must be a number, got nan")
+    max_detections = integer("multiclass_nms", "max_detections", max_detections)
     if max_detections < 0:
         raise ValueError(f"multiclass_nms: max_detections must be at least 0, got {max_detections}")
-    if max_candidates is not None and max_candidates < 0:
-        raise ValueError(f"multiclass_nms: max_candidates must be None or at least 0, got {max_candidates}")
-    return Detections(
-        *_library.ops.multiclass_nms(
-            boxes.detach(),
-            scores.detach(),
-            iou_threshold,
-            score_threshold,
-            max_detections,
-            max_candidates,
-            class_agnostic,
-        )
+    if max_candidates is not None:
+        max_candidates = integer("multiclass_nms", "max_candidates", max_candidates)
+        if max_candidates < 0:
+            raise ValueError(f"multiclass_nms: max_candidates must be None or at least 0, got {max_candidates}")
+    results = _library.ops.multiclass_nms(
+        boxes.detach(),
+        scores.detach(),
+        iou_threshold,
+        score_threshold,
+        max_detections,
+        max_candidates,
+        bool(class_agnostic),
     )
+    return Detections(*map(plain, results))
 
 
-def _check_threshold(op: str, argument: str, threshold: float) -> None:
+def _checked_threshold(op: str, threshold: float) -> float:
+    threshold = number(op, "iou_threshold", threshold)
     if not threshold >= 0:  # so that NaN fails too
-        raise ValueError(f"{op}: {argument} must be at least 0, got {threshold}")
+        raise ValueError(f"{op}: iou_threshold must be at least 0, got {threshold}")
+    return threshold
 
 
 @register_fake("nms")

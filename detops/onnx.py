@@ -45,7 +45,7 @@ def translation_table() -> dict[Callable, Callable]:
             op.Unsqueeze(op.Cast(boxes, to=FLOAT.dtype), [0]),
             op.Unsqueeze(op.Cast(scores, to=FLOAT.dtype), [0, 1]),
             op.Constant(value_ints=[torch.iinfo(torch.int64).max]),  # all that remain
-            op.Constant(value_floats=[iou_threshold]),
+            op.Constant(value_floats=[_float32_not_above(min(iou_threshold, 1.0))]),  # which no IoU exceeds
         )
         return op.Gather(kept, op.Constant(value_int=2), axis=1)  # of (image, class, box)
 
@@ -67,3 +67,9 @@ def translation_table() -> dict[Callable, Callable]:
 
     ops = torch.ops.detops
     return {ops.nms.default: nms, ops.roi_align.default: roi_align}
+
+
+def _float32_not_above(value: float) -> float:
+    """The largest float32 that is at most `value`: an IoU in float32 exceeds one as it exceeds the other."""
+    rounded = torch.tensor(value, dtype=torch.float32)
+    return (rounded if rounded.double() <= value else rounded.nextafter(torch.tensor(-1.0))).item()

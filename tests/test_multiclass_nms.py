@@ -1,5 +1,7 @@
 """multiclass_nms: filter by score, best candidates, NMS by class, first K, for a batch and in fixed shapes."""
 
+import time
+
 import inputs
 import numpy as np
 import pytest
@@ -102,6 +104,31 @@ def test_one_class_with_very_many_candidates(device, class_agnostic, ties, n):
     for max_candidates in (None, n // 2):
         options = dict(iou_threshold=0.7, max_detections=n, max_candidates=max_candidates)
         check(boxes, scores, class_agnostic=class_agnostic, **options)
+
+
+# Enough to leave the lists of the classes for the index on the CPU.
+@pytest.mark.parametrize("kind", inputs.KINDS)
+@pytest.mark.parametrize("iou_threshold", [0.1, 0.3, 0.6, 0.9, 0.99])
+def test_many_detections(device, iou_threshold, kind):
+    n = device.limit(1500, emulated=400)
+    boxes = inputs.KINDS[kind](2 * n).reshape(2, n, 4)
+    odd = inputs.edge_boxes("everything")
+    boxes[1, : len(odd)] = odd  # not all of these has an index a cell for
+    scores = device.put(inputs.tied_scores(6 * n, levels=700).reshape(2, n, 3))
+    for options in ({}, dict(class_agnostic=True), dict(max_candidates=n)):
+        options = dict(iou_threshold=iou_threshold, score_threshold=0.1, max_detections=2 * n, **options)
+        check(device.put(boxes), scores, **options)
+    check(device.put(boxes, torch.float64), scores, iou_threshold=iou_threshold, max_detections=600)
+
+
+def test_very_many_detections_take_no_quadratic_time():
+    boxes, scores = to_torch(inputs.uniform_boxes(100_000)[None]), to_torch(inputs.distinct_scores(100_000)[None, :, None])
+    start = time.process_time()
+    detections = detops.multiclass_nms(boxes, scores, iou_threshold=0.7, score_threshold=0.0, max_detections=100_000)
+    assert time.process_time() - start < 3  # comparing with all kept boxes takes 7 s
+    keep = detops.nms(boxes[0], scores[0, :, 0], 0.7)
+    assert len(keep) > 50_000 and torch.equal(detections.indices[0, : len(keep)], keep)
+    assert detections.counts.tolist() == [len(keep)]
 
 
 def test_dtypes(device, boxes_dtype, scores_dtype):
@@ -259,6 +286,46 @@ def test_bad_options(device, option, value):
 def test_bad_tensors(device, boxes, scores, message):
     with pytest.raises(RuntimeError, match=f"^multiclass_nms: {message}"):
         detops.multiclass_nms(boxes.to(device.torch), scores.to(device.torch))
+
+
+def test_ops_called_by_name_check_their_options(device):
+    boxes, scores = BOXES.to(device.torch), SCORES.to(device.torch)
+    good = dict(iou_threshold=0.5, score_threshold=0.05, max_detections=5, max_candidates=None, class_agnostic=False)
+    for option, value in [
+        *[("iou_threshold", -0.5), ("iou_threshold", float("nan")), ("score_threshold", float("nan"))],
+        *[("max_detections", -1), ("max_detections", 2**31), ("max_candidates", -1)],
+    ]:
+        with pytest.raises(RuntimeError, match=f"^multiclass_nms: {option} must .*, got"):
+            _library.ops.multiclass_nms(boxes, scores, **{**good, option: value})
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 2**40), (2, 2**40, 0), (0, 2**31, 2**31), (1, 0, 2**62)])
+def test_empty_scores_with_huge_sizes(device, shape):
+    images, rows, _ = shape
+    scores = torch.empty(*shape, device=device.torch)
+    boxes = torch.empty(1, 1, 4, device=device.torch).expand(images, rows, 4)
+    for given in (scores, torch.empty(images, shape[2], rows, device=device.torch).transpose(1, 2)):
+        if images == 0:
+            with pytest.raises(RuntimeError, match="^multiclass_nms: scores must have at most 2147418112 values per"):
+                detops.multiclass_nms(boxes, given, max_detections=2)
+        else:
+            assert detops.multiclass_nms(boxes, given, max_detections=2).counts.tolist() == [0] * images
+
+
+def test_scalars_of_other_kinds_as_options():
+    boxes, scores = (to_torch(array) for array in inputs.batch(2, 30, 3))
+    plain = dict(iou_threshold=0.5, score_threshold=0.25, max_detections=7, max_candidates=20, class_agnostic=True)
+    kinds = dict(
+        iou_threshold=np.float32(0.5),
+        score_threshold=torch.tensor(0.25),
+        max_detections=np.int64(7),
+        max_candidates=np.array(20),
+        class_agnostic=np.bool_(True),
+    )
+    expected = detops.multiclass_nms(boxes, scores, **plain)
+    assert all(map(torch.equal, detops.multiclass_nms(boxes, scores, **kinds), expected))
+    with pytest.raises(ValueError, match="^multiclass_nms: max_detections must be an integer, got 2.5"):
+        detops.multiclass_nms(boxes, scores, max_detections=2.5)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

@@ -1,6 +1,7 @@
 """nms and batched_nms: equal, index for index, to the definition in reference/nms.py."""
 
 import sys
+import time
 
 import inputs
 import numpy as np
@@ -76,6 +77,25 @@ def test_pairs_on_threshold_take_it_and_its_neighbours(iou_threshold, dtype):
 def test_the_threshold_is_strict_and_a_double(device, second, iou_threshold, keep):
     boxes, scores = device.put([[0.0, 0, 10, 10], second]), device.put([0.9, 0.8])
     assert detops.nms(boxes, scores, iou_threshold).tolist() == keep
+
+
+@pytest.mark.parametrize("iou_threshold", [1.0, 1.5, float("inf")])
+def test_from_1_on_the_order_is_the_answer(device, iou_threshold):
+    n = device.limit(80_000, emulated=3000)  # more than a window, and all alike: a box has the IoU 1 with all others
+    boxes, ids = device.put(np.tile([0.0, 0, 9, 9], (n, 1))), device.put(inputs.class_ids(n, 2))
+    scores = device.put(inputs.odd_scores(n))
+    order = reference.ranking(to_numpy(scores)).tolist()
+    start = time.perf_counter()
+    assert detops.nms(boxes, scores, iou_threshold).tolist() == order
+    assert detops.batched_nms(boxes, scores, ids, iou_threshold).tolist() == order
+    rotated = torch.cat([boxes, boxes[:, :1] + 30], 1)
+    assert detops.nms_rotated(rotated, scores, iou_threshold).tolist() == order
+    assert detops.nms_rotated(rotated, scores, iou_threshold, ids).tolist() == order
+    detections = detops.multiclass_nms(
+        boxes[None], scores[None, :, None], iou_threshold=iou_threshold, score_threshold=-2.0, max_detections=n
+    )
+    assert detections.indices[0].tolist() == [i for i in order if scores[i] > -2] + [-1] * int((~(scores > -2)).sum())
+    assert device.name == "emulated" or time.perf_counter() - start < 5  # comparing all pairs takes minutes
 
 
 def test_float64_boxes_are_compared_in_float64(device):
@@ -319,6 +339,46 @@ def test_bad_tensors(device, boxes, scores, idxs, message):
     if not message.startswith("idxs"):
         with pytest.raises(RuntimeError, match=f"^nms: {message}"):
             detops.nms(boxes, scores, 0.5)
+
+
+@pytest.mark.parametrize(("odd", "fact"), [(np.zeros((3, 4)), "a NumPy array"), ([[1.0]], "a list"), (None, "None")])
+def test_what_is_no_tensor(odd, fact):
+    with pytest.raises(RuntimeError, match=f"^nms: boxes must be a tensor, got {fact}$"):
+        detops.nms(odd, SCORES_3, 0.5)
+    with pytest.raises(RuntimeError, match=f"^nms: scores must be a tensor, got {fact}$"):
+        detops.nms(BOXES_3, odd, 0.5)
+    with pytest.raises(RuntimeError, match=f"^batched_nms: idxs must be a tensor, got {fact}$"):
+        detops.batched_nms(BOXES_3, SCORES_3, odd, 0.5)
+    with pytest.raises(RuntimeError, match=f"^nms_rotated: boxes must be a tensor, got {fact}$"):
+        detops.nms_rotated(odd, SCORES_3, 0.5)
+    with pytest.raises(RuntimeError, match=f"^multiclass_nms: scores must be a tensor, got {fact}$"):
+        detops.multiclass_nms(BOXES_3[None], odd)
+    if odd is not None:
+        with pytest.raises(RuntimeError, match=f"^nms_rotated: idxs must be a tensor or None, got {fact}$"):
+            detops.nms_rotated(torch.zeros(3, 5), SCORES_3, 0.5, odd)
+
+
+@pytest.mark.parametrize("as_scalar", [np.float32, np.float64, np.array, torch.tensor])
+def test_scalars_of_other_kinds_as_options(as_scalar):
+    boxes, scores, ids = arguments(60)
+    assert torch.equal(detops.nms(boxes, scores, as_scalar(0.5)), detops.nms(boxes, scores, 0.5))
+    keep = detops.batched_nms(boxes, scores, ids, as_scalar(0.5))
+    assert torch.equal(keep, detops.batched_nms(boxes, scores, ids, 0.5))
+    for odd in ("0.5", None, [0.5]):
+        with pytest.raises(ValueError, match="^nms: iou_threshold must be a number, got"):
+            detops.nms(boxes, scores, odd)
+
+
+@pytest.mark.parametrize("iou_threshold", [float("nan"), -0.5])
+def test_ops_called_by_name_check_the_threshold(device, iou_threshold):
+    boxes, scores, ids = (tensor.to(device.torch) for tensor in (BOXES_3, SCORES_3, IDS_3))
+    for name, tensors, last in (
+        ("nms", (boxes, scores), ()),
+        ("batched_nms", (boxes, scores, ids), ()),
+        ("nms_rotated", (boxes.new_zeros(3, 5), scores), (None,)),
+    ):
+        with pytest.raises(RuntimeError, match=f"^{name}: iou_threshold must be at least 0, got"):
+            getattr(_library.ops, name)(*tensors, iou_threshold, *last)
 
 
 @pytest.mark.parametrize("device", ["cuda"], indirect=True)

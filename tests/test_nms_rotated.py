@@ -1,6 +1,7 @@
 """nms_rotated: the decisions of nms with the IoU of rotated boxes."""
 
 import functools
+import time
 
 import inputs
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from inputs import to_numpy, to_torch
 from reference import iou as reference
+from reference.nms import ranking
 
 import detops
 from detops import _library
@@ -94,6 +96,84 @@ def test_many_boxes_follow_the_definition(device, n):
                 over &= idxs[keep][:, None] == idxs[part]
             suppressed[part] = over.any(0)
         assert (~suppressed).nonzero()[:, 0].tolist() == keep.sort().values.tolist()
+
+
+def elongated_boxes(n, seed=0):
+    """Clusters of boxes up to 3000 times as long as wide, moved and turned by about their width."""
+    rng = np.random.default_rng(seed)
+    longer = rng.uniform(50, 100, n // 10 + 1)
+    shorter = longer / np.exp(rng.uniform(0, np.log(3000), len(longer)))
+    objects = np.stack([*rng.uniform(0, 400, (2, len(longer))), longer, shorter, rng.uniform(0, 360, len(longer))], 1)
+    boxes = objects[rng.integers(0, len(objects), n)]
+    boxes[:, :2] += rng.normal(0, 0.3, (n, 2)) * boxes[:, 3:4]
+    boxes[:, 4] += rng.normal(0, 20, n) * boxes[:, 3] / boxes[:, 2]
+    return boxes
+
+
+def boxes_of_all_scales(n, seed=0):
+    """Longer sides from 1e-7 to 1e7, and the like 1e-17 and 1e17, whose areas float32 cannot hold well."""
+    rng = np.random.default_rng(seed)
+    scale = np.exp(rng.uniform(np.log(1e-7), np.log(1e7), n // 6 + 1))
+    scale[::20] *= rng.choice([1e-10, 1e10], len(scale[::20]))
+    scale = scale[rng.integers(0, len(scale), n), None]
+    return inputs.clustered_rotated_boxes(n, seed, per_object=6) * np.concatenate([np.tile(scale, 4), scale**0], 1)
+
+
+def far_and_turned_boxes(n, seed=0):
+    """So far from 0 that float32 centres are whole numbers; turned by up to 1e30 degrees."""
+    rng = np.random.default_rng(seed)
+    boxes = inputs.clustered_rotated_boxes(n, seed, extent=400)
+    boxes[:, :2] += 2.0**23
+    boxes[:, 4] += rng.choice([0, 0, 0, 360, -3600, 3.6e5, 3.6e7, 1e30], n)
+    return boxes
+
+
+def odd_boxes(n, seed=0):
+    """Integer corners; here and there NaN, infinities, zeros, and numbers at the ends of what there is."""
+    rng = np.random.default_rng(seed)
+    turns = rng.choice([0, 30, 45, 90, 180, -90, 7], n)
+    boxes = np.column_stack([rng.integers(0, 60, (n, 2)), rng.integers(1, 12, (n, 2)), turns]).astype(float)
+    odd = [np.nan, np.inf, -np.inf, 0, -0.0, -3, 1e30, -1e30, 3e38, 1e20, -1e20, 1e-19, 1e-30, 1e6, 1e12, 2000]
+    boxes[rng.integers(0, n, n // 5), rng.integers(0, 5, n // 5)] = rng.choice(odd, n // 5)
+    return boxes
+
+
+def spread_boxes(n, seed=0):
+    return inputs.rotated_boxes(n, seed, extent=800)
+
+
+# Enough for the CPU's index of kept boxes, whose bounds must hold for the IoUs as they are computed.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        *[spread_boxes, inputs.clustered_rotated_boxes, elongated_boxes],
+        *[boxes_of_all_scales, far_and_turned_boxes, odd_boxes],
+    ],
+)
+def test_many_boxes_decide_as_box_iou(device, make, dtype):
+    n = device.limit(1500, emulated=120)
+    scores = inputs.tied_scores(n, levels=n // 3)
+    boxes, order = device.put(make(n), dtype), ranking(scores)
+    ious = to_numpy(detops.box_iou(boxes[order], boxes[order], fmt="cxcywhr")).astype(np.float64)
+    counts = []
+    for iou_threshold in (0.1, 0.2, 0.25, 0.3, 0.5, 0.6, 0.7, 0.9, 0.99, 0.999, 0.99999):
+        kept = np.ones(n, bool)
+        for i in range(n):
+            if kept[i]:
+                kept[i + 1 :] &= ~(ious[i, i + 1 :] > iou_threshold)
+        assert detops.nms_rotated(boxes, device.put(scores), iou_threshold).tolist() == order[kept].tolist()
+        counts.append(kept.sum())
+    assert counts[0] < counts[-1] and (counts[-1] > 1000 or device.name == "emulated")
+
+
+@pytest.mark.parametrize("iou_threshold", [0.3, 0.7, 0.9])
+def test_very_many_boxes_take_no_quadratic_time(iou_threshold):
+    boxes = to_torch(inputs.rotated_boxes(60_000, extent=2000))
+    scores = to_torch(inputs.distinct_scores(60_000))
+    start = time.process_time()
+    assert len(detops.nms_rotated(boxes, scores, iou_threshold)) > 5000
+    assert time.process_time() - start < 4  # comparing with all kept boxes takes 10 s
 
 
 @pytest.mark.parametrize("n", [40, 300])

@@ -91,3 +91,21 @@ def test_multiclass_nms_equals_the_loop_over_images(device, by_class, boxes_per_
         found = [field[image, : len(keep)].tolist() for field in detections[:4]]
         assert found == [pairs[keep].tolist(), best[keep].tolist(), labels[keep].tolist(), indices[keep].tolist()]
         assert detections.counts[image].item() == len(keep)
+
+
+def test_results_of_tv_tensors_are_plain_tensors(device, torchvision):
+    tv_tensors = torchvision.tv_tensors
+    corners, scores = to_torch(inputs.clustered_boxes(30), device=device.torch), torch.rand(30, device=device.torch)
+    boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(1000, 1000))
+    calls = {
+        "nms": lambda boxes: [detops.nms(boxes, scores, 0.5)],
+        "batched_nms": lambda boxes: [detops.batched_nms(boxes, scores, scores.long(), 0.5)],
+        "nms_rotated": lambda boxes: [detops.nms_rotated(torch.cat([boxes, boxes[:, :1]], 1), scores, 0.5)],
+        "multiclass_nms": lambda boxes: detops.multiclass_nms(boxes[None], scores[None, :, None]),
+    }
+    for name, call in calls.items():
+        for kind in ("TVTensor", "Tensor"):
+            with tv_tensors.set_return_type(kind):
+                results = call(boxes)
+            assert [type(each) for each in results] == [torch.Tensor] * len(results), name
+            assert all(map(torch.equal, results, call(corners)))

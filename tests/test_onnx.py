@@ -49,6 +49,16 @@ def test_nms(run_exported):
     assert torch.equal(got, keep(*inputs(200)))
 
 
+@pytest.mark.parametrize("iou_threshold", [1.0, 1.5, float("inf"), 0.1, 0.9999999999])
+def test_nms_thresholds(run_exported, iou_threshold):
+    # A pair with an IoU of 1, then one of 1/10: in float32 above 0.1, and equal to 0.1 as float32 rounds it.
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [20, 0, 30, 10], [20, 0, 21, 10]])
+    inputs = boxes, torch.tensor([0.9, 0.8, 0.7, 0.6])
+    got = run_exported(lambda boxes, scores: detops.nms(boxes, scores, iou_threshold), inputs, ({}, {}), inputs)
+    assert got.tolist() == detops.nms(*inputs, iou_threshold).tolist()
+    assert got.tolist() == ([0, 1, 2, 3] if iou_threshold >= 1 else [0, 2] if iou_threshold == 0.1 else [0, 2, 3])
+
+
 @pytest.mark.parametrize(("aligned", "sampling_ratio", "dtype"), [(True, 2, torch.float32), (False, -1, torch.float16)])
 def test_roi_align(run_exported, aligned, sampling_ratio, dtype):
     def crop(input, boxes):

@@ -43,6 +43,7 @@ DETOPS_CLONES void collect_row(const T* scores, int64_t count, int64_t step, Com
 template <class T>
 std::vector<Candidates<RankKey<T>>> collect_candidates(const T* scores, const PairLayout& layout,
                                                        ComputeType<T> threshold) {
+  if (layout.pairs() == 0) return std::vector<Candidates<RankKey<T>>>(layout.images);  // whatever its other sizes
   const ScanOrder order(layout);
   // Adjoining rows whose pairs are numbered on are one long row.
   const bool one_row = order.dense && order.outer_pairs == order.inner * order.inner_pairs;
@@ -120,7 +121,7 @@ void suppress_image(const T* boxes, const PairLayout& layout, int64_t image, con
   const bool indexed = most > kIndexPays && KeptIndex<B>::serves(options.iou_threshold);
   kept.count = 0;
   kept.index.reset();
-  kept.by_class.reset(options.class_agnostic ? 1 : layout.classes, indexed ? kIndexPays : most);
+  kept.by_class.reset(options.class_agnostic || count == 0 ? 1 : layout.classes, indexed ? kIndexPays : most);
   int64_t looked_at = 0, sorted = 0, step = max_of<int64_t>(256, 2 * most);
   while (looked_at < considered && kept.count < most) {
     if (looked_at == sorted) {
@@ -220,10 +221,16 @@ Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_
   check_floating(op, "boxes", boxes);
   check_floating(op, "scores", scores);
   check_same_device(op, "scores", scores, "boxes", boxes);
-  if (max_detections > kMostRows) {
-    fail(op, "max_detections must be at most " + std::to_string(kMostRows) + ", got " + std::to_string(max_detections));
+  check_row_count(op, "scores", images, "images");
+  check_iou_threshold(op, iou_threshold);
+  if (score_threshold != score_threshold) fail(op, "score_threshold must be a number, got nan");
+  if (max_detections < 0 || max_detections > kMostRows) {
+    fail(op, "max_detections must be 0 to " + std::to_string(kMostRows) + ", got " + std::to_string(max_detections));
   }
-  if (rows * classes > kMostRows) {
+  if (max_candidates.value_or(0) < 0) {
+    fail(op, "max_candidates must be None or at least 0, got " + std::to_string(*max_candidates));
+  }
+  if (rows > 0 && classes > kMostRows / rows) {  // their product may be too large for an int64
     fail(op, "scores must have at most " + std::to_string(kMostRows) + " values per image, got " + shape_text(scores));
   }
   const PairLayout layout{images,

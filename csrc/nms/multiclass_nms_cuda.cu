@@ -5,6 +5,7 @@
 //                what is kept and among themselves, and goes on with the next 1024 until enough are kept
 //   3. write     the outputs, padded
 #include "common/allocate.h"
+#include "common/counted.h"
 #include "common/dispatch.h"
 #include "common/sort_cuda.cuh"
 #include "nms/nms.h"
@@ -30,6 +31,8 @@ __global__ void multiclass_nms_collect_kernel(const S* scores, PairLayout layout
   const auto inner = static_cast<uint32_t>(order.inner);
   const int lane = threadIdx.x % kWarpSize;
   const int64_t step = int64_t(gridDim.y) * kThreads;
+  // Each pair of the image is written once at most.
+  const Counted<UniqueKey<S>> found("multiclass_nms", "candidates", candidates + image * pairs, pairs);
   // Whole warps go round together, so that every lane can vote.
   for (int64_t first = int64_t(blockIdx.y) * kThreads + threadIdx.x - lane; first < pairs; first += step) {
     const auto i = static_cast<uint32_t>(first + lane);
@@ -49,7 +52,7 @@ __global__ void multiclass_nms_collect_kernel(const S* scores, PairLayout layout
     if (above) {
       slot += __popc(vote & static_cast<unsigned>(bits_below(lane)));
       const uint32_t pair = i / inner * order.outer_pairs + i % inner * order.inner_pairs;
-      candidates[image * pairs + slot] = unique_key(rank_key(score), pair);
+      found[slot] = unique_key(rank_key(score), pair);
     }
   }
 }
@@ -58,7 +61,8 @@ __global__ void multiclass_nms_collect_kernel(const S* scores, PairLayout layout
 // by digit, the highest first, stopping as soon as half a chunk is found. `histogram` is scratch; all threads get the
 // result.
 template <class Key>
-__device__ Key find_chunk_end(const Key* keys, int count, bool any_before, Key after, int* histogram) {
+__device__ Key find_chunk_end(const Key* keys, int count, bool any_before, Key after,
+                              const Counted<int>& histogram) {
   constexpr int kTopShift = static_cast<int>(sizeof(Key)) * 8 - kDigitBits;
   DETOPS_SHARED(int, chosen, 2);  // the digit that no longer fits the chunk, and how many keys lie before it
   Key prefix = 0;                 // the digits known so far
@@ -76,6 +80,7 @@ __device__ Key find_chunk_end(const Key* keys, int count, bool any_before, Key a
     __syncthreads();
     if (threadIdx.x == 0) {
       int digit = 0, total = taken;
+      // Ends: the keys that share the prefix, with those taken, are more than kChunk.
       for (; total + histogram[digit] <= kChunk; ++digit) total += histogram[digit];
       chosen[0] = digit;
       chosen[1] = total;
@@ -100,13 +105,14 @@ struct Kept {
 template <class S, class Key>
 __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout, const Key* all_candidates,
                                                const int* candidate_counts, int max_detections, int max_candidates,
-                                               bool class_agnostic, IouThreshold<ComputeType<S>> threshold,
+                                               bool class_agnostic, bool decisive,
+                                               IouThreshold<ComputeType<S>> threshold,
                                                Kept<ComputeType<S>> all_kept, int64_t* counts) {
   using T = ComputeType<S>;
   DETOPS_DYNAMIC_SHARED(Key, chunk);                                       // [kChunk], sorted
   Box<T>* const chunk_boxes = reinterpret_cast<Box<T>*>(chunk + kChunk);   // [kChunk]
   int* const chunk_labels = reinterpret_cast<int*>(chunk_boxes + kChunk);  // [kChunk]
-  DETOPS_SHARED(int, histogram, kDigits);
+  DETOPS_SHARED(int, digit_counts, kDigits);
   DETOPS_SHARED(int, chunk_count, 1);
   DETOPS_SHARED(int, kept_count, 1);
   DETOPS_SHARED(unsigned, suppressed, kThreads / kWarpSize);  // by warp: which of its 32 candidates are suppressed
@@ -119,6 +125,9 @@ __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout
   const int considered = min(count, max_candidates);
   const Kept<T> kept{all_kept.boxes + image * max_detections, all_kept.labels + image * max_detections,
                      all_kept.pairs + image * max_detections};
+  const Counted<int> histogram("multiclass_nms", "counts of digits", digit_counts, kDigits);
+  const Counted<Key> chunk_keys("multiclass_nms", "chunk of candidates", chunk, kChunk);
+  const Counted<uint32_t> kept_pairs("multiclass_nms", "kept pairs", kept.pairs, max_detections);
   const auto hits = [&](const Box<T>& a, int label_a, const Box<T>& b, T area_b, int label_b) {
     const T area_a = box_area(a);
     return label_a == label_b && may_suppress(a, area_a, b, area_b, threshold) &&
@@ -137,7 +146,7 @@ __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout
     __syncthreads();
     for (int i = threadIdx.x; i < count; i += kThreads) {
       const Key key = candidates[i];
-      if ((!any_before || last < key) && !(end < key)) chunk[atomicAdd(&chunk_count[0], 1)] = key;
+      if ((!any_before || last < key) && !(end < key)) chunk_keys[atomicAdd(&chunk_count[0], 1)] = key;
     }
     __syncthreads();
     block_sort(chunk, kChunk);
@@ -156,7 +165,7 @@ __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout
       const int kept_before = kept_count[0];
       bool is_suppressed = own >= in_chunk;
       unsigned char own_suppressors = 0;
-      if (!is_suppressed) {
+      if (!is_suppressed && decisive) {
         const Box<T> box = chunk_boxes[own];
         const T area = box_area(box);
         const int label = chunk_labels[own];
@@ -185,7 +194,7 @@ __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout
           if (!(stay >> offset & 1) || slot >= max_detections) continue;
           kept.boxes[slot] = chunk_boxes[tile + offset];
           kept.labels[slot] = chunk_labels[tile + offset];
-          kept.pairs[slot] = index_of(chunk[tile + offset]);
+          kept_pairs[slot] = index_of(chunk[tile + offset]);
         }
         if (lane == 0) kept_count[0] = min(kept_before + __popcll(stay), max_detections);
       }
@@ -274,7 +283,7 @@ void multiclass_nms_cuda(const Tensor& boxes, const Tensor& scores, const PairLa
                     shared_bytes, stream, boxes.const_data_ptr<B>(), layout, candidates,
                     candidate_counts.const_data_ptr<int>(), static_cast<int>(options.max_detections),
                     static_cast<int>(options.max_candidates), options.class_agnostic,
-                    IouThreshold<T>(options.iou_threshold), kept, counts);
+                    decides(options.iou_threshold), IouThreshold<T>(options.iou_threshold), kept, counts);
     });
   });
   if (rows_out == 0) return;

@@ -180,6 +180,7 @@ Tensor checked_nms(const char* op, int64_t coordinates, const Tensor& boxes, con
   const int64_t count = boxes.size(0);
   const std::string per_box = "[N] with N = " + std::to_string(count);
   check_row_count(op, "boxes", count);
+  check_iou_threshold(op, iou_threshold);
   check_floating(op, "boxes", boxes);
   check_shape(op, "scores", scores, per_box, {count});
   check_floating(op, "scores", scores);

@@ -13,10 +13,12 @@
 #pragma once
 
 #include <cmath>
+#include <string>
 #include <tuple>
 
 #include <torch/csrc/stable/tensor.h>
 
+#include "common/check.h"
 #include "iou/iou.h"
 #include "iou/rotated_iou.h"
 
@@ -33,6 +35,12 @@ struct IouThreshold {
     quick = exact * kSlightlyLess<T>;
   }
 };
+
+// So that NaN fails too. The Python layer says the same, as a ValueError.
+inline void check_iou_threshold(const char* op, double iou_threshold) {
+  if (iou_threshold >= 0) return;
+  fail(op, "iou_threshold must be at least 0, got " + std::to_string(iou_threshold));
+}
 
 // Whether boxes can suppress each other at all: no IoU exceeds 1, computed or exact. The computed intersection is at
 // most each of both areas, and what rounding leaves of their sum less the intersection is then at least that.

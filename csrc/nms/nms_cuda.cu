@@ -10,6 +10,7 @@
 // The number of windows is that of the longest possible segment, as the host does not know the segments: a launch that
 // finds nothing to do costs about 2 us. The one host synchronisation is for the size of the result.
 #include "common/allocate.h"
+#include "common/counted.h"
 #include "common/dispatch.h"
 #include "nms/nms.h"
 #include "nms/rank_cuda.cuh"
@@ -142,7 +143,11 @@ __global__ void nms_resolve_kernel(Sorted<B> sorted, int first, Result result) {
   constexpr int kBoxesPerWarp = kTile / kWarps;
   DETOPS_SHARED(unsigned, starts, kOwned / kWarpSize);  // bit: a segment with such a window begins here
   DETOPS_SHARED(unsigned, alive, kWarps);               // bit: box of the tile that nothing kept before suppresses
-  DETOPS_SHARED(uint64_t, kept_words, kMostWords);
+  DETOPS_SHARED(uint64_t, kept_word_data, kMostWords);
+  const Counted<uint64_t> kept_words("nms", "words of a window", kept_word_data, kMostWords);  // window <= kSmall
+  // A position is kept once, in its own window, so that what a segment keeps fits its positions.
+  const Counted<B> kept_boxes("nms", "kept boxes", sorted.kept_boxes, sorted.count);
+  const Counted<int64_t> indices("nms", "indices", result.indices, sorted.count);
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
 
   if (threadIdx.x < kOwned) {
@@ -199,9 +204,9 @@ __global__ void nms_resolve_kernel(Sorted<B> sorted, int first, Result result) {
           if (!(kept >> offset & 1)) continue;
           const int slot = kept_count + __popcll(kept & bits_below(offset));
           const int kept_position = tile_begin + offset;
-          sorted.kept_boxes[window_begin + slot] = sorted.boxes[kept_position];
+          kept_boxes[window_begin + slot] = sorted.boxes[kept_position];
           if (result.indices) {
-            result.indices[written + slot] = result.order[kept_position];
+            indices[written + slot] = result.order[kept_position];
           } else {
             result.keep[result.ranks[kept_position]] = true;
           }
@@ -304,6 +309,7 @@ Tensor nms_cuda(const char* op, const Tensor& boxes, const Tensor& scores, const
   const auto scratch = [&](int64_t bytes) { return allocate(op, {bytes}, ScalarType::Byte, boxes); };
 
   const Tensor order = rank_order(op, scores, stream);
+  if (!decides(iou_threshold)) return order;
   Result result{order.const_data_ptr<int64_t>(), nullptr, nullptr, nullptr, nullptr};
   // Few boxes: one window, in which ids are compared. Many: sorted by id, each id a segment.
   const bool grouped = idxs != nullptr && count > kSmall;
