@@ -225,9 +225,9 @@ class KeptIndex {
   }
   DETOPS_HD void add(uint32_t group, const B& box, T area) {
     const auto place = ScaleIndex::place(box);
-    kept_.add(place.covered ? index_.bucket(index_.home(place.x, place.width), index_.home(place.y, place.height))
-                            : others_,
-              group, box, area);
+    int64_t bucket = others_;
+    if (place.covered) bucket = index_.bucket(index_.home(place.x, place.width), index_.home(place.y, place.height));
+    kept_.add(bucket, group, box, area);
   }
 
  private:

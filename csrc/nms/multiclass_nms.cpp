@@ -133,8 +133,8 @@ void suppress_image(const T* boxes, const PairLayout& layout, int64_t image, con
       std::sort(candidates.begin() + looked_at, candidates.begin() + sorted);
     }
     const bool by_class = indexed && !kept.index.has_value();
-    looked_at = suppress_sorted(boxes, layout, image, options, candidates.data(), looked_at,
-                                min_of(sorted, considered), by_class ? kIndexPays : most, kept);
+    looked_at = suppress_sorted(boxes, layout, image, options, candidates.data(), looked_at, min_of(sorted, considered),
+                                by_class ? kIndexPays : most, kept);
     if (by_class && kept.count == kIndexPays) {
       kept.index.emplace(options.iou_threshold, most);
       kept.by_class.for_each([&](uint32_t label, const B& box) { kept.index->add(label, box, box_area(box)); });

@@ -61,8 +61,7 @@ __global__ void multiclass_nms_collect_kernel(const S* scores, PairLayout layout
 // by digit, the highest first, stopping as soon as half a chunk is found. `histogram` is scratch; all threads get the
 // result.
 template <class Key>
-__device__ Key find_chunk_end(const Key* keys, int count, bool any_before, Key after,
-                              const Counted<int>& histogram) {
+__device__ Key find_chunk_end(const Key* keys, int count, bool any_before, Key after, const Counted<int>& histogram) {
   constexpr int kTopShift = static_cast<int>(sizeof(Key)) * 8 - kDigitBits;
   DETOPS_SHARED(int, chosen, 2);  // the digit that no longer fits the chunk, and how many keys lie before it
   Key prefix = 0;                 // the digits known so far
@@ -106,8 +105,8 @@ template <class S, class Key>
 __global__ void multiclass_nms_suppress_kernel(const S* boxes, PairLayout layout, const Key* all_candidates,
                                                const int* candidate_counts, int max_detections, int max_candidates,
                                                bool class_agnostic, bool decisive,
-                                               IouThreshold<ComputeType<S>> threshold,
-                                               Kept<ComputeType<S>> all_kept, int64_t* counts) {
+                                               IouThreshold<ComputeType<S>> threshold, Kept<ComputeType<S>> all_kept,
+                                               int64_t* counts) {
   using T = ComputeType<S>;
   DETOPS_DYNAMIC_SHARED(Key, chunk);                                       // [kChunk], sorted
   Box<T>* const chunk_boxes = reinterpret_cast<Box<T>*>(chunk + kChunk);   // [kChunk]
@@ -282,8 +281,8 @@ void multiclass_nms_cuda(const Tensor& boxes, const Tensor& scores, const PairLa
       DETOPS_LAUNCH((multiclass_nms_suppress_kernel<B, Key>), static_cast<unsigned>(layout.images), kThreads,
                     shared_bytes, stream, boxes.const_data_ptr<B>(), layout, candidates,
                     candidate_counts.const_data_ptr<int>(), static_cast<int>(options.max_detections),
-                    static_cast<int>(options.max_candidates), options.class_agnostic,
-                    decides(options.iou_threshold), IouThreshold<T>(options.iou_threshold), kept, counts);
+                    static_cast<int>(options.max_candidates), options.class_agnostic, decides(options.iou_threshold),
+                    IouThreshold<T>(options.iou_threshold), kept, counts);
     });
   });
   if (rows_out == 0) return;

@@ -41,9 +41,10 @@ DETOPS_HD T common_length(T a, T b, T away) {
   return max_of(min_of(min_of(a, b), (a + b) / 2 - away), T(0));
 }
 
-// What two opposite corners of a box lose to a strip whose edges lie `depth` inside them, or to a narrower part of that:
-// triangles whose legs are at most half of the sides, so that those of all four corners are disjoint. The sides make
-// angles with the strip; `along` and `across` are their lengths times the sine or cosine. `product` is sine x cosine.
+// What two opposite corners of a box lose to a strip whose edges lie `depth` inside them, or to a narrower part of
+// that: triangles whose legs are at most half of the sides, so that those of all four corners are disjoint. The sides
+// make angles with the strip; `along` and `across` are their lengths times the sine or cosine. `product` is sine x
+// cosine.
 template <class T>
 DETOPS_HD T lost_corners(T depth, T along, T across, T product) {
   const T cut = max_of(min_of(depth, min_of(along, across) / 2), T(0));

@@ -50,7 +50,8 @@ class ScaleIndex {
   }
   template <class T>
   ScaleIndex(double threshold, int64_t boxes, const RotatedBox<T>*) {
-    // As below, for boxes that place() covers: two areas' errors, of 64 diagonals squared, in a union of half their sum.
+    // As below, for boxes that place() covers: two areas' errors, of 64 diagonals squared, in a union of half their
+    // sum.
     const double lowest = threshold - max_of(double(kRotatedError<T>) * 4 * kMostElongated, 1e-6);
     set(1 - std::sqrt(1 - lowest), lowest < 0.5 ? 1 - lowest : std::sqrt((1 - lowest) / 2), boxes);
   }
