@@ -79,8 +79,7 @@ DETOPS_HD bool takes_part(const Box<T>& box, T area) {
 }
 template <class T>
 DETOPS_HD bool takes_part(const RotatedBox<T>& box, T area) {
-  const T nought = (box.centre_x - box.centre_x) + (box.centre_y - box.centre_y) + (box.angle - box.angle);
-  return can_overlap(box, area) & (nought == T(0));  // else infinite, or NaN
+  return can_overlap(box, area) & (box.undefined == T(0));
 }
 
 // Boxes in ascending order of (rank_key of the score, index) are in descending order of score, NaN first, -0 equal to

@@ -14,13 +14,10 @@ DETOPS_HD bool has_plain_size(T side) {
   return side > T(1e-15) && side < T(1e15);
 }
 
-// Whether bounds of exact arithmetic say something about the computed IoUs of this box. The IoU turns by the difference
-// of two angles, which is off by more than kRotatedError where these are huge.
+// Whether bounds of exact arithmetic say something about the computed IoUs of this box.
 template <class T>
 DETOPS_HD bool is_plain(const RotatedBox<T>& box) {
-  return has_plain_size(box.width) & has_plain_size(box.height) & (std::fabs(box.angle) <= T(1024)) &
-         (std::fabs(box.centre_x) <= std::numeric_limits<T>::max()) &
-         (std::fabs(box.centre_y) <= std::numeric_limits<T>::max());
+  return has_plain_size(box.width) & has_plain_size(box.height) & (box.undefined == T(0));
 }
 
 // Of boxes whose circles meet, the computed area of the intersection, and that of the bound, is off by less than this
