@@ -3,7 +3,7 @@
 DETOPS_TEST_DEVICES=cpu,emulated     only these devices; tests that name no device belong to "cpu"
 DETOPS_EMULATION=0                   never the emulated CUDA kernels
 DETOPS_EMULATED_LIBRARY=path         a ready-built emulated library, instead of building one
-DETOPS_TEST_SMALL=1                  fewer boxes and fewer cases of a test under emulation, for the slower sanitizers
+DETOPS_TEST_SMALL=1                  fewer cases of a test and, on a CPU, fewer boxes, for the slower sanitizers
 """
 
 import functools
@@ -43,10 +43,9 @@ class Device(NamedTuple):
         return to_torch(values, dtype, self.torch)
 
     def limit(self, n, emulated=2500):
-        """n, or less under emulation, which is about a thousand times slower than a GPU, and its sanitizers more so."""
-        if self.name != "emulated":
-            return n
-        return min(n, emulated, 200) if os.environ.get("DETOPS_TEST_SMALL") == "1" else min(n, emulated)
+        """n, or less under emulation, which is about a thousand times slower than a GPU, and under sanitizers."""
+        small = os.environ.get("DETOPS_TEST_SMALL") == "1" and self.name != "cuda"
+        return min(n, emulated if self.name == "emulated" else n, 200 if small else n)
 
 
 def _short(dtype):

@@ -4,7 +4,7 @@
     python tests/fuzz.py --only nms 'detops::*' --seed 7    some; "detops::" marks a compiled op
     python tests/fuzz.py --call nms 17                      one call again, and what its arguments are
     python tests/checked.py python tests/fuzz.py            with the library that traps at a memory fault
-    python tests/fuzz.py --device emulated                  the CUDA sources, in emulation
+    python tests/fuzz.py --device emulated                  the CUDA sources, in emulation with AddressSanitizer
 
 A call may return, or raise a ValueError, TypeError or RuntimeError whose message begins with the name of the function.
 A finding is everything else: another exception or message, the end of the process, a report of a sanitizer, a call that
@@ -236,14 +236,21 @@ def kernels(device: str):
     if device == "cpu":
         yield
         return
-    library = os.environ.get("DETOPS_EMULATED_LIBRARY")
-    if not library:
-        from build import build
-
-        library = build()
-    _library.load_emulation(library)
+    _library.load_emulation(os.environ["DETOPS_EMULATED_LIBRARY"])
     with _library.use_namespace("detops_emulated"):
         yield
+
+
+def restart_for_emulation() -> None:
+    """As this program with the emulated kernels, whose sanitizers must be there before all else."""
+    from run import fix_addresses, sanitizer_environment
+
+    from build import build
+
+    wanted = {"DETOPS_EMULATED_LIBRARY": str(build("address")), "OMP_NUM_THREADS": "1"}
+    fix_addresses()
+    environment = {**os.environ, **sanitizer_environment("address", UNWRITTEN), **wanted}
+    os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
 def chosen(name: str, options: argparse.Namespace) -> bool:
@@ -385,6 +392,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = parse_arguments()
+    if options.device == "emulated" and "DETOPS_EMULATED_LIBRARY" not in os.environ:
+        restart_for_emulation()
     if options.worker is not None:
         prepare_worker(options)
         channel = os.fdopen(options.worker, "w", buffering=1)
