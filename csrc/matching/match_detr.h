@@ -70,13 +70,14 @@ DETOPS_HD T distance_of(T a, T b) {
   return a < b ? b - a : a - b;
 }
 
-// The generalized IoU, but for 0 / 0.
+// The generalized IoU, but for 0 / 0: where the union is 0 so is the intersection.
 template <class T>
 DETOPS_HD T detr_giou(const IouBox<T>& query, const IouBox<T>& gt) {
   const IouParts<T> parts = iou_parts(query, gt);
-  const T around = parts.around_width * parts.around_height, rest = around - parts.union_area;
-  const T iou = (parts.intersection == T(0)) & (parts.union_area == T(0)) ? T(0) : parts.iou;
-  return iou - ((rest == T(0)) & (around == T(0)) ? T(0) : rest / around);
+  const T around = parts.around_width * parts.around_height;
+  const bool without_area = parts.union_area == T(0);
+  const T iou = parts.intersection / (without_area ? T(1) : parts.union_area);
+  return iou - (around - parts.union_area) / (without_area & (around == T(0)) ? T(1) : around);
 }
 
 template <class T>
