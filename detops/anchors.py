@@ -446,6 +446,8 @@ def kmeans_anchors(
     max_iterations = integer(op, "max_iterations", max_iterations)
     if metric not in _METRICS:
         raise ValueError(f"{op}: metric must be 'iou' or 'euclidean', got {metric!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{op}: seed must be from -2^63 to 2^64 - 1, got {seed}")
     if max_iterations < 0:
         raise ValueError(f"{op}: max_iterations must be at least 0, got {max_iterations}")
     if sizes.ndim != 2 or sizes.shape[1] != 2 or not sizes.is_floating_point():

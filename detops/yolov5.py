@@ -1,13 +1,13 @@
 """The target assignment of YOLOv5. Users import from `detops.yolo`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_tensors, height_and_width, integers, number
+from ._checks import check_tensors, height_and_width, integers, kind_of, number
 from ._library import register_fake
 
 
@@ -93,6 +93,9 @@ def assign_yolov5(
         rule = f"[{len(strides)}, A, 2] as of strides"
         raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")
     _library.refuse_complex(op, "gt_boxes", gt_boxes)
+    if anchors.is_floating_point() and anchors.dtype.itemsize == 1:  # of which torch has no quotient
+        got = _library.dtype_name(anchors.dtype)
+        raise RuntimeError(f"{op}: anchors must be float16, bfloat16, float32 or float64, got {got}")
     dtype = torch.float64 if gt_boxes.dtype == torch.float64 else torch.float32
     low, high = gt_boxes.detach().to(dtype).split(2, dim=-1)
     size = _library.filled([width, height], gt_boxes, dtype)
@@ -140,11 +143,13 @@ def yolov5_target_lists(
     op = "yolov5_target_lists"
     check_tensors(op, targets=targets, anchors=anchors)
     _library.refuse_vmap(op, targets, anchors)
+    if not isinstance(grid_sizes, Iterable):
+        raise ValueError(f"{op}: grid_sizes must be pairs (height, width), got {kind_of(grid_sizes)}")
     grid_sizes = [height_and_width(op, "grid_sizes", size) for size in grid_sizes]
     if targets.ndim != 2 or targets.shape[1] != 6:
         raise RuntimeError(f"{op}: targets must have shape [n, 6], got {list(targets.shape)}")
     for name, each in (("targets", targets), ("anchors", anchors)):
-        if not each.is_floating_point():
+        if each.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             got = _library.dtype_name(each.dtype)
             raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {got}")
     if anchors.ndim != 3 or anchors.shape[0] != len(grid_sizes) or anchors.shape[2] != 2:

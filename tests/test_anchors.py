@@ -287,6 +287,10 @@ def test_bad_sizes(device):
             detops.kmeans_anchors(sizes, k)
     with pytest.raises(ValueError, match="^kmeans_anchors: max_iterations must be at least 0, got -1"):
         detops.kmeans_anchors(sizes, 2, max_iterations=-1)
+    with pytest.raises(
+        ValueError, match=r"^kmeans_anchors: seed must be from -2\^63 to 2\^64 - 1, got 18446744073709551616"
+    ):
+        detops.kmeans_anchors(sizes, 2, seed=2**64)
     for wrong in (sizes[:, :1], sizes[0], sizes.long()):
         with pytest.raises(RuntimeError, match=r"^kmeans_anchors: sizes must be floating of shape \[N, 2\], got "):
             detops.kmeans_anchors(wrong, 2)

@@ -307,6 +307,15 @@ def test_bad_options(device):
     rule = "targets must be float16, bfloat16, float32 or float64, got int64"
     with pytest.raises(RuntimeError, match=f"^yolov5_target_lists: {rule}$"):
         detops.yolov5_target_lists(torch.zeros(2, 6).long(), GOOD["anchors"], [(8, 8)] * 3)
+    rule = "must be float16, bfloat16, float32 or float64, got float8_e4m3fn"
+    with pytest.raises(RuntimeError, match=f"^yolov5_target_lists: targets {rule}$"):
+        detops.yolov5_target_lists(torch.zeros(2, 6).to(torch.float8_e4m3fn), GOOD["anchors"], [(8, 8)] * 3)
+    with pytest.raises(RuntimeError, match=f"^assign_yolov5: anchors {rule}$"):
+        detops.assign_yolov5(**{**GOOD, "anchors": GOOD["anchors"].to(torch.float8_e4m3fn)})
+    with pytest.raises(
+        ValueError, match=r"^yolov5_target_lists: grid_sizes must be pairs .height, width., got an int$"
+    ):
+        detops.yolov5_target_lists(torch.zeros(2, 6), GOOD["anchors"], 8)
     with pytest.raises(RuntimeError, match=r"^yolov5_target_lists: anchors must be on the device of targets \(meta\)"):
         detops.yolov5_target_lists(torch.zeros(2, 6, device="meta"), GOOD["anchors"], [(8, 8)] * 3)
 
