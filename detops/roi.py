@@ -271,7 +271,8 @@ def _scale(op: str, name: str, scale) -> float:
 
 def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int = 4) -> Tensor:
     """RoIs as one tensor [K, 1 + coordinates] in the dtype of the computation, batch index first."""
-    _checks.check_tensors(op, input=input)
+    if not isinstance(input, Tensor):
+        _checks.check_tensors(op, input=input)
     _library.refuse_forward_mode(op, input)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(boxes, Tensor):
@@ -288,7 +289,8 @@ def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int
             )
         _library.refuse_complex(op, "boxes", each)
     # Compiled code would be bound to a batch of this size or more; there the op itself looks at the indices.
-    if not torch.compiler.is_compiling() and input.ndim > 0 and any(len(each) for each in boxes[input.shape[0] :]):
+    more = () if torch.compiler.is_compiling() or input.ndim == 0 else boxes[input.shape[0] :]
+    if more and any(len(each) for each in more):
         raise BoxFormatError(
             f"{op}: boxes must be a list of one tensor for each of the {input.shape[0]} images at most, "
             f"got {len(boxes)} tensors"
@@ -297,7 +299,8 @@ def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int
         return input.new_zeros(0, coordinates + 1, dtype=dtype)
     # The image's number stands beside the boxes only once they have the dtype of the computation: it would not fit
     # into half precision.
-    return torch.cat([pad(each.detach().to(dtype), (1, 0), value=i) for i, each in enumerate(boxes)])
+    alike = (each if each.dtype == dtype else each.to(dtype) for each in boxes)
+    return torch.cat([pad(each, (1, 0), value=i) for i, each in enumerate(alike)]).detach()
 
 
 def _needs_gradient(input: Tensor) -> bool:

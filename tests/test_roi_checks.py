@@ -208,7 +208,7 @@ def matrix(low, high, bins, size, ratio):
     return weights
 
 
-HUGE = [1.3e6, 2.0**23, 3.1e7, 2.0**28 * 1.9, 1.45385728e9, 6e9]
+HUGE = [1.3e6, 3.1e7, 1.1147231e9, 1.45385728e9]
 
 
 @pytest.mark.parametrize("op", ["roi_align", "multi_scale_roi_align", "ps_roi_align"])
@@ -216,10 +216,10 @@ HUGE = [1.3e6, 2.0**23, 3.1e7, 2.0**28 * 1.9, 1.45385728e9, 6e9]
 @pytest.mark.parametrize("ratio", [-1, 2])
 def test_huge_rois(device, layout, op, dtype, ratio):
     # Rounding lets bins overlap by many pixels, so that a RoI has more taps than any of ordinary size.
-    bins, (height, width) = 14, (49, 30)
+    bins, height, width = 14, 49, 49
     channels = bins * bins if op == "ps_roi_align" else 2
     input = random_map((1, channels, height, width), dtype, layout).to(device.torch).requires_grad_()
-    rows = [row for size in HUGE for row in ([0, 4, -size, 25, size], [0, -size, -0.45 * size, size, 0.55 * size])]
+    rows = [row for size in HUGE for row in ([0, 4, -size, 25, size], [0, -size, -size, size, size])]
     boxes = device.put(rows, dtype)
     if op == "roi_align":
         got = detops.roi_align(input, boxes, bins, 1.0, ratio, True)
@@ -236,7 +236,8 @@ def test_huge_rois(device, layout, op, dtype, ratio):
             expected = np.einsum("pi,qj,pqij->pq", y, x, values.reshape(bins, bins, height, width))[None]
         else:
             expected = np.einsum("pi,qj,cij->cpq", y, x, values)
-        np.testing.assert_allclose(pooled, expected, rtol=0, atol=4e-6)
+        np.testing.assert_allclose(pooled, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+        assert ratio > 0 or np.abs(expected).max() > 0
         total += y.sum() * x.sum() * (1 if op == "ps_roi_align" else channels)
     # All that the bins send is what they weigh.
     (grad,) = torch.autograd.grad(got.sum(), input)
@@ -245,11 +246,11 @@ def test_huge_rois(device, layout, op, dtype, ratio):
 
 def test_long_rotated_rois_are_sampled_where_they_meet_the_map(device):
     # The samples that rounding may bring onto the map come before those that lie on it.
-    input = torch.ones(1, 1, 64, 3, device=device.torch)
-    for length in (1e6, 4e6, 1e7, 6e7):
-        boxes = device.put([[0, 1.5, 32, 1, length, 0], [0, 1.5, 32, length, 1, 90]])
+    input = torch.ones(1, 1, 16, 3, device=device.torch)
+    for length in (1e6, 1e7, 6e7):
+        boxes = device.put([[0, 1.5, 8, 1, length, 0], [0, 1.5, 8, length, 1, 90]])
         got = to_numpy(detops.roi_align_rotated(input, boxes, 1)).ravel() * length
-        np.testing.assert_allclose(got, 64, atol=3 + 3e-7 * length)
+        np.testing.assert_allclose(got, 16, atol=3 + 1e-7 * length)
 
 
 # Options and boxes.

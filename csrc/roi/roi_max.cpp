@@ -38,7 +38,9 @@ void roi_align_max_cpu(const RoiTensors<ComputeType<S>, const S>& map, const Com
 template <class T>
 DETOPS_HD void add_to_winner(T grad, T y, T x, int height, int width, int64_t channels, int64_t c,
                              const Counted<T>& sums) {
-  if (!is_on_map(y, height) || !is_on_map(x, width)) return;
+  // As is_on_map, in one branch.
+  const bool on_map = (y >= T(-1)) & (y <= static_cast<T>(height)) & (x >= T(-1)) & (x <= static_cast<T>(width));
+  if (!on_map) return;
   const AxisSample<T> ys = axis_sample(y, height), xs = axis_sample(x, width);
   for (int row = ys.low; row <= ys.low + (ys.fraction != T(0)); ++row) {
     for (int column = xs.low; column <= xs.low + (xs.fraction != T(0)); ++column) {
