@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 _SYMBOLS = torch.SymInt, torch.SymFloat
+_LEAST, _MOST = -(2**63), 2**63 - 1
 
 # In which there can be coordinates. torch would convert 8-bit floats, bool and complex numbers all the same.
 FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -61,12 +62,15 @@ def check_tensor_list(op: str, argument: str, tensors: Any) -> None:
 
 def integer(op: str, argument: str, value: Any) -> int:
     """An option as an int: of NumPy's integers, 0-d tensors and all else that `operator.index` takes."""
-    if type(value) is int or _stands_for_a_number(value):
+    if type(value) is int and _LEAST <= value <= _MOST or _stands_for_a_number(value):
         return value
     try:
-        return operator.index(value)
+        found = operator.index(value)
     except TypeError:
         raise ValueError(f"{op}: {argument} must be an integer, got {_fact(value)}") from None
+    if not _LEAST <= found <= _MOST:
+        raise ValueError(f"{op}: {argument} must be an integer of 64 bits, got {found}")
+    return found
 
 
 def integers(op: str, argument: str, values: Iterable) -> tuple[int, ...]:
@@ -85,14 +89,15 @@ def height_and_width(op: str, argument: str, sides: Iterable) -> tuple[int, int]
 def number(op: str, argument: str, value: Any) -> float:
     """An option as a float: of NumPy's numbers, 0-d tensors and all else that `float` takes, but for text. An integer
     stays one."""
-    if type(value) in (float, int) or _stands_for_a_number(value):
+    kind = type(value)
+    if kind is float or kind is int and _LEAST <= value <= _MOST or _stands_for_a_number(value):
         return value
-    if isinstance(value, Integral):
+    if isinstance(value, Integral) and _LEAST <= value <= _MOST:
         return int(value)
     try:
         if not isinstance(value, str | bytes | bytearray):
             return float(value)
-    except (TypeError, ValueError, RuntimeError):  # as torch raises for more than one element
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # torch raises the last for more than one element
         pass
     raise ValueError(f"{op}: {argument} must be a number, got {_fact(value)}")
 

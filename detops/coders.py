@@ -127,10 +127,12 @@ class BoxCoder:
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """The deltas [n, 4] of boxes [n, 4] from proposals [n, 4]."""
+        _checks.check_tensors("BoxCoder", reference_boxes=reference_boxes, proposals=proposals)
         return encode_boxes(reference_boxes, proposals, self.weights)
 
     def decode(self, rel_codes: Tensor, boxes: Sequence[Tensor]) -> Tensor:
         """Boxes [sum n, C, 4] of deltas [sum n, 4 C], in any shape, for the proposals [n, 4] of each image."""
+        _checks.check_tensors("BoxCoder", rel_codes=rel_codes)
         _check_rows("boxes", boxes)
         anchors = torch.cat(list(boxes))
         if len(anchors):
@@ -144,6 +146,7 @@ class BoxCoder:
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Boxes [n, 4 C] of deltas [n, 4 C] for proposals [n, 4]."""
+        _checks.check_tensors("BoxCoder", rel_codes=rel_codes, boxes=boxes)
         if rel_codes.ndim != 2 or rel_codes.shape[1] % 4:
             raise RuntimeError(f"BoxCoder: rel_codes must have shape [n, 4 C], got {list(rel_codes.shape)}")
         deltas = rel_codes.reshape(*rel_codes.shape[:1], rel_codes.shape[1] // 4, 4)

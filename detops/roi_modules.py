@@ -1,11 +1,12 @@
 """The RoI ops as modules, with torchvision's constructors."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.fx
 from torch import Tensor, nn
 
+from ._checks import check_tensors, kind_of
 from .roi import _pair, pool_levels, roi_align
 from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
 
@@ -133,7 +134,7 @@ class MultiScaleRoIAlign(_RoIModule):
         output_size,
         sampling_ratio: int,
         *,
-        canonical_scale: int = 224,
+        canonical_scale: float = 224,
         canonical_level: int = 4,
     ) -> None:
         super().__init__()
@@ -160,6 +161,9 @@ class MultiScaleRoIAlign(_RoIModule):
 def _pool_pyramid(
     x, boxes, image_shapes, names, output_size, sampling_ratio, canonical_scale, canonical_level
 ) -> Tensor:
+    if not isinstance(x, Mapping):
+        raise RuntimeError(f"MultiScaleRoIAlign: x must be a dict of tensors, got {kind_of(x)}")
+    check_tensors("MultiScaleRoIAlign", **{f"x[{name}]": map for name, map in x.items() if name in names})
     maps = [map for name, map in x.items() if name in names]
     if not maps:
         raise ValueError(f"MultiScaleRoIAlign: the maps must include some of {names}, got {list(x)}")

@@ -214,7 +214,7 @@ class TaskAlignedAssigner(torch.nn.Module):
         self.topk2 = self.topk if topk2 is None else integer(name, "topk2", topk2)
         if self.topk2 < 1:
             raise ValueError(f"{name}: topk2 must be at least 1, got {topk2}")
-        self.num_classes, self.eps = num_classes, number(name, "eps", eps)
+        self.num_classes, self.eps = integer(name, "num_classes", num_classes), number(name, "eps", eps)
 
     def extra_repr(self) -> str:
         names = ("topk", "num_classes", "alpha", "beta", "stride", "eps", "topk2")

@@ -673,11 +673,11 @@ def draw_one(s: Scene, argument: str) -> object:
     return place if is_code else choices[place]
 
 
-def draw(target: Target, seed: int, small: bool = False) -> tuple[Scene, dict[str, object]]:
-    """The arguments of a call: the same for the same seed. In three calls of five all are right."""
+def draw(target: Target, seed: int, small: bool = False, right: bool = False) -> tuple[Scene, dict[str, object]]:
+    """The arguments of a call: the same for the same seed. In three calls of five all are right, or in all."""
     s = Scene(np.random.default_rng([zlib.crc32(target.name.encode()), seed]), small)
     s.target, s.types = target.name, target.types
-    wrong = s.rng.permutation(list(target.types))[: s.pick((0, 0, 0, 1, 1, 2) if target.types else (0,))]
+    wrong = s.rng.permutation(list(target.types))[: s.pick((0, 0, 0, 1, 1, 2) if target.types and not right else (0,))]
     is_option = {name: drawer_of(target.name, name)[0] is OPTIONS for name in target.types}
     for name in sorted(target.types, key=lambda name: (not is_option[name], name in ("grad", "winners"))):
         value = draw_one(s, name)

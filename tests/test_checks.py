@@ -64,6 +64,14 @@ def test_integers_of_all_kinds(value):
     assert _checks.integers("op", "k", [value, 2]) == (7, 2)
 
 
+def test_integers_and_numbers_that_do_not_fit_are_refused():
+    assert _checks.integer("op", "k", 2**63 - 1) == 2**63 - 1 and _checks.number("op", "eps", 10**30) == 1e30
+    with pytest.raises(ValueError, match="^op: k must be an integer of 64 bits, got 9223372036854775808$"):
+        _checks.integer("op", "k", 2**63)
+    with pytest.raises(ValueError, match="^op: eps must be a number, got 1000"):
+        _checks.number("op", "eps", 10**400)
+
+
 @pytest.mark.parametrize("value, fact", [(2.5, "2.5"), (7.0, "7.0"), ("7", "'7'"), (None, "None"), ([7], "a list")])
 def test_what_is_no_integer_is_refused_by_name(value, fact):
     with pytest.raises(ValueError, match=f"^op: k must be an integer, got {fact}$"):
