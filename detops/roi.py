@@ -25,6 +25,7 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.overrides import handle_torch_function
 
 from . import _checks, _library
 from ._library import register_autograd, register_fake
@@ -81,6 +82,10 @@ def roi_align(
     has.
     """
     op = "roi_align"
+    if stays_a_call(op, input, boxes):
+        options = {"output_size": output_size, "spatial_scale": spatial_scale, "sampling_ratio": sampling_ratio}
+        options |= {"aligned": aligned, "mode": mode}
+        return handle_torch_function(roi_align, (input, boxes), input, boxes, **options)
     if mode not in ("avg", "max"):
         raise ValueError(f"{op}: mode must be 'avg' or 'max', got {mode!r}")
     bins_y, bins_x = _pair(op, output_size)
@@ -132,6 +137,9 @@ def roi_align_rotated(
     ROIAlignRotated, which runs for ever or crashes on boxes that are not finite.
     """
     op = "roi_align_rotated"
+    if stays_a_call(op, input, boxes):
+        options = {"output_size": output_size, "spatial_scale": spatial_scale, "sampling_ratio": sampling_ratio}
+        return handle_torch_function(roi_align_rotated, (input, boxes), input, boxes, **options)
     bins_y, bins_x = _pair(op, output_size)
     spatial_scale = _scale(op, "spatial_scale", spatial_scale)
     sampling_ratio = _samples(op, sampling_ratio)
@@ -226,6 +234,14 @@ def pool_levels(
 _MOST_BINS = 2**31 - 2**16  # of a RoI
 
 
+def stays_a_call(op: str, input: Tensor, boxes: Tensor | list[Tensor]) -> bool:
+    """Whether torch.fx.symbolic_trace is to see the op and nothing of what it does."""
+    if isinstance(input, Tensor):
+        return isinstance(boxes, torch.fx.Proxy)
+    _checks.check_tensors(op, input=input)
+    return True
+
+
 def _pair(op: str, output_size) -> tuple[int, int]:
     sizes = _whole_numbers(output_size)
     if len(sizes) != 2 or not all(size >= 1 for size in sizes):
@@ -271,8 +287,6 @@ def _scale(op: str, name: str, scale) -> float:
 
 def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int = 4) -> Tensor:
     """RoIs as one tensor [K, 1 + coordinates] in the dtype of the computation, batch index first."""
-    if not isinstance(input, Tensor):
-        _checks.check_tensors(op, input=input)
     _library.refuse_forward_mode(op, input)
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     if isinstance(boxes, Tensor):
@@ -450,6 +464,4 @@ _register_maximum("roi_align_max")
 register_autograd("multi_scale_roi_align", _multi_scale_backward, _save_multi_scale)
 register_autograd("multi_scale_roi_align_backward", _multi_scale_double_backward, _save_multi_scale_backward)
 
-torch.fx.wrap("roi_align")
-torch.fx.wrap("roi_align_rotated")
-torch.fx.wrap("multi_scale_roi_align")
+torch.fx.wrap("multi_scale_roi_align")  # whose maps are in a list

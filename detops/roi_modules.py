@@ -202,9 +202,3 @@ def octave_of(map: Sequence[int], image: Sequence[int]) -> int:
 def _longer_side(image: Sequence[int]) -> int:
     """Its axis."""
     return 0 if image[0] >= image[1] else 1
-
-
-torch.fx.wrap("roi_align")
-torch.fx.wrap("roi_pool")
-torch.fx.wrap("ps_roi_align")
-torch.fx.wrap("ps_roi_pool")

@@ -3,9 +3,8 @@
 The rules of `detops.roi` hold here too.
 """
 
-import torch
-import torch.fx
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from . import _library
 from ._library import register_fake
@@ -20,6 +19,7 @@ from .roi import (
     _rows,
     _samples,
     _scale,
+    stays_a_call,
 )
 
 
@@ -56,6 +56,8 @@ def roi_pool(
     Source: Girshick, Fast R-CNN, ICCV 2015; torchvision.ops.roi_pool, which passes over NaN.
     """
     op = "roi_pool"
+    if stays_a_call(op, input, boxes):
+        return handle_torch_function(roi_pool, (input, boxes), input, boxes, output_size, spatial_scale)
     bins_y, bins_x = _pair(op, output_size)
     spatial_scale = _scale(op, "spatial_scale", spatial_scale)
     rows = _rows(op, boxes, input)
@@ -102,6 +104,10 @@ def ps_roi_align(
     Source: Li et al., Light-Head R-CNN, 2017; torchvision.ops.ps_roi_align, which gives NaN for RoIs without samples.
     """
     op = "ps_roi_align"
+    if stays_a_call(op, input, boxes):
+        return handle_torch_function(
+            ps_roi_align, (input, boxes), input, boxes, output_size, spatial_scale, sampling_ratio
+        )
     bins_y, bins_x = _pair(op, output_size)
     spatial_scale = _scale(op, "spatial_scale", spatial_scale)
     sampling_ratio = _samples(op, sampling_ratio)
@@ -144,6 +150,8 @@ def ps_roi_pool(
     read.
     """
     op = "ps_roi_pool"
+    if stays_a_call(op, input, boxes):
+        return handle_torch_function(ps_roi_pool, (input, boxes), input, boxes, output_size, spatial_scale)
     bins_y, bins_x = _pair(op, output_size)
     spatial_scale = _scale(op, "spatial_scale", spatial_scale)
     return _library.ops.ps_roi_pool(input, _rows(op, boxes, input), spatial_scale, bins_y, bins_x)
@@ -187,7 +195,3 @@ def _(grad, boxes, sizes, spatial_scale, bins_y, bins_x, channels_last) -> Tenso
 _register_maximum("roi_pool")
 _register_average("ps_roi_align")
 _register_average("ps_roi_pool")
-
-torch.fx.wrap("roi_pool")
-torch.fx.wrap("ps_roi_align")
-torch.fx.wrap("ps_roi_pool")
