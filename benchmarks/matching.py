@@ -77,6 +77,13 @@ def costs(kind: str, problems: int, queries: int, targets: int, device: str) -> 
     return (5 * torch.cdist(at, wanted, p=1).to(device) - 2 * scores.to(device),)
 
 
+def costs_with_nan(problems: int, queries: int, targets: int, device: str) -> tuple[torch.Tensor]:
+    """Uniform costs, but of four queries in five none is a number: targets are left with these."""
+    (cost,) = costs("uniform", problems, queries, targets, device)
+    cost[:, torch.arange(queries) % 5 > 0] = float("nan")
+    return (cost,)
+
+
 def scipy_loop(cost: torch.Tensor) -> torch.Tensor:
     out = torch.full((len(cost), cost.shape[2]), -1)
     for image, matrix in enumerate(cost.cpu().numpy()):
@@ -231,6 +238,12 @@ def assigns_as_cheaply(found: torch.Tensor, cost: torch.Tensor) -> bool:
     return True
 
 
+def assigns_invalid_pairs_last(found: torch.Tensor, cost: torch.Tensor) -> bool:
+    """All targets have a query, and the valid pairs are as many and as cheap as can be: with 1024, which is more than
+    all costs together, in the place of NaN."""
+    return assigns_as_cheaply(found, cost.nan_to_num(1024.0))
+
+
 def matches_detr(focal: bool, found: torch.Tensor, logits, boxes, gt_boxes, labels) -> bool:
     """The first image, as cheap as can be for the costs of the NumPy reference."""
     arrays = [each[0].cpu().numpy() for each in (logits, boxes, gt_boxes, labels)]
@@ -322,6 +335,13 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
                 asked=asked,
                 prediction="about 250 steps of 0.5 us in the slowest problem: 130 us, 2 launches",
             )
+    yield Case(
+        name="linear_sum_assignment invalid costs last 16 x 300 x 100",
+        make_inputs=partial(costs_with_nan, 16, 300, 100, device),
+        run=partial(detops.linear_sum_assignment, invalid="last"),
+        verify=assigns_invalid_pairs_last,
+        prediction="the search twice, once in tiers: 500 us, 2 launches",
+    )
     for focal in (False, True):
         for queries, gts in ((300, 30),) if quick else ((300, 30), (900, 100)):
             yield Case(

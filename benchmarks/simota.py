@@ -69,10 +69,10 @@ def agrees(ours, theirs) -> bool:
     return all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def follows_definition(result, *tensors, dense_scores: bool) -> bool:
+def follows_definition(result, *tensors, **options) -> bool:
     """The first image is what the NumPy reference gives."""
     arrays = [(each if i in (3, 4) else each[:1]).cpu().numpy() for i, each in enumerate(tensors)]
-    expected = reference("simota").assign_simota(*arrays, dense_scores=dense_scores)
+    expected = reference("simota").assign_simota(*arrays, **options)
     return all(torch.equal(result[i][:1].cpu(), torch.as_tensor(each)) for i, each in enumerate(expected))
 
 
@@ -91,15 +91,36 @@ def case(images, gts, image_size, classes, device, *, dense_scores, peer=True, *
     )
 
 
+def probabilities(*arguments) -> tuple[torch.Tensor, ...]:
+    """The same inputs as MMDetection's rule takes them."""
+    logits, objectness, *others = inputs(*arguments)
+    return logits.sigmoid(), objectness.sigmoid(), *others
+
+
+def mmdet_case(images, gts, image_size, classes, device, **fields) -> Case:
+    options = dict(rule="mmdet", dense_scores=False)
+    anchors = len(anchor_points(image_size))
+    return Case(
+        name=f"assign_simota {images} x {anchors:,} x {gts:,} gts, C={classes}, mmdetection's rule",
+        make_inputs=partial(probabilities, images, gts, image_size, classes, device),
+        run=partial(detops.assign_simota, **options),
+        verify=partial(follows_definition, **options),
+        measure_memory=True,
+        **fields,
+    )
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     cpu = device == "cpu"
     if quick:
         yield case(4, 20, 320, 80, device, dense_scores=False)
+        yield mmdet_case(4, 20, 320, 80, device)
         return
     goal = ">= 20x" if cpu else ""
     prediction = "15 MB, 6 launches: 60 us, 2e6 logits of candidates in float64"
     yield case(16, 50, 640, 80, device, dense_scores=False, asked=goal, prediction=prediction)
     yield case(16, 50, 640, 80, device, dense_scores=True, asked=goal, prediction="58 MB, 6 launches: 75 us")
+    yield mmdet_case(16, 50, 640, 80, device, prediction="15 MB, 6 launches: 80 us, 4e6 probabilities of candidates")
     if cpu:
         yield case(8, 1000, 1280, 80, device, dense_scores=False, peer=False)
     else:
