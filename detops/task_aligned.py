@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_tensors, integer, number, numbers
+from ._checks import check_real, check_tensors, integer, number, numbers
 from ._library import register_fake
 from .iou import box_iou, complete_box_iou
 
@@ -215,6 +215,8 @@ class TaskAlignedAssigner(torch.nn.Module):
         if self.topk2 < 1:
             raise ValueError(f"{name}: topk2 must be at least 1, got {topk2}")
         self.num_classes, self.eps = integer(name, "num_classes", num_classes), number(name, "eps", eps)
+        if not 0 <= self.num_classes < 2**31:
+            raise ValueError(f"{name}: num_classes must be from 0 to 2147483647, got {num_classes}")
 
     def extra_repr(self) -> str:
         names = ("topk", "num_classes", "alpha", "beta", "stride", "eps", "topk2")
@@ -247,6 +249,11 @@ class TaskAlignedAssigner(torch.nn.Module):
             "TaskAlignedAssigner", pd_scores=pd_scores, pd_bboxes=pd_bboxes, anc_points=anc_points,
             gt_labels=gt_labels, gt_bboxes=gt_bboxes, mask_gt=mask_gt,
         )  # fmt: skip
+        check_real("TaskAlignedAssigner", pd_scores=pd_scores, gt_labels=gt_labels, mask_gt=mask_gt)
+        for name, each in (("pd_scores", pd_scores), ("gt_bboxes", gt_bboxes)):
+            if each.ndim != 3 or not each.is_floating_point():
+                fact = f"{list(each.shape)} of {_library.dtype_name(each.dtype)}"
+                raise RuntimeError(f"TaskAlignedAssigner: {name} must have 3 dimensions and be floating, got {fact}")
         if gt_bboxes.shape[1] == 0:
             per_anchor = pd_scores.shape[:2]
             return (

@@ -237,6 +237,12 @@ def test_nothing_but_invalid_costs(device):
             assert found.tolist() == [0, 1, -1][:targets]
 
 
+def test_costs_that_are_vast_by_their_strides():
+    cost = torch.zeros(1, 64, 33).expand(2**31 - 1, 64, 33)
+    with pytest.raises(RuntimeError, match=r"^linear_sum_assignment: num_targets must have shape \[B\] "):
+        detops.linear_sum_assignment(cost, torch.zeros(1, dtype=torch.int64))
+
+
 def test_option_that_is_unknown():
     message = "^linear_sum_assignment: invalid must be 'forbid', 'raise' or 'last', got 'skip'$"
     with pytest.raises(ValueError, match=message):

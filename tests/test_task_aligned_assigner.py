@@ -3,9 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from inputs import to_torch
 from yolo_scenes import grid_points, scene
 
 import detops
+
+
+class Cpu:
+    put = staticmethod(to_torch)
 
 
 def published_assigner(**options):
@@ -70,6 +75,14 @@ def test_equals_ultralytics_without_ground_truth(device):
     published = published_assigner()
     for ours, theirs in zip(detops.TaskAlignedAssigner(num_classes=5)(*arguments), published(*arguments), strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
+
+
+def test_scores_have_the_dtype_of_ultralytics(device):
+    arguments = trainer_arguments(device, overlapping_scene(grid_points(128, (8, 16))[0], 12, 3))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        arguments[0] = arguments[0].to(dtype)
+        ours, theirs = (each(*arguments) for each in (detops.TaskAlignedAssigner(num_classes=5), published_assigner()))
+        assert [each.dtype for each in ours] == [each.dtype for each in theirs]
 
 
 def test_equals_the_function(device):
@@ -142,6 +155,23 @@ def test_extra_keywords_change_nothing(device):
     assert all(map(torch.equal, assigner(*arguments), with_extra))
 
 
+@pytest.mark.parametrize(
+    ("position", "value", "message"),
+    [
+        (0, torch.zeros(2), r"pd_scores must have 3 dimensions and be floating, got \[2\] of float32"),
+        (0, torch.zeros(2, 84, 3).char(), r"pd_scores must have 3 .*, got \[2, 84, 3\] of int8"),
+        (4, torch.zeros(4), r"gt_bboxes must have 3 dimensions and be floating, got \[4\] of float32"),
+        (5, torch.zeros(2, 4, 1, dtype=torch.complex64), "mask_gt must be .*, got complex64"),
+        (3, None, "gt_labels must be a tensor, got None"),
+    ],
+)
+def test_bad_tensors(position, value, message):
+    arguments = trainer_arguments(Cpu, scene(grid_points(64)[0], 4))
+    arguments[position] = value
+    with pytest.raises(RuntimeError, match=f"^TaskAlignedAssigner: {message}$"):
+        detops.TaskAlignedAssigner(num_classes=3)(*arguments)
+
+
 def test_repr_shows_the_options():
     shown = "topk=13, num_classes=80, alpha=1.0, beta=6.0, stride=[8, 16, 32], eps=1e-09, topk2=13"
     assert repr(detops.TaskAlignedAssigner()) == f"TaskAlignedAssigner({shown})"
@@ -172,6 +202,7 @@ def test_attributes_and_no_gradient(device):
         ({"stride": []}, "stride must have at least one level, got none"),
         ({"stride": 8}, "stride must be a sequence of numbers, got 8"),
         ({"topk": 1.5}, "topk must be an integer, got 1.5"),
+        ({"num_classes": 2**63}, "num_classes must be from 0 to 2147483647, got 9223372036854775808"),
         ({"min_size": -1}, "min_size must be finite and at least 0, got -1"),
     ],
 )

@@ -82,18 +82,20 @@ Tensor linear_sum_assignment(const Tensor& cost, const std::optional<Tensor>& nu
     fail(op,
          "cost must have at most " + std::to_string(kMostRows / 2) + " queries and targets, got " + shape_text(cost));
   }
-  AssignmentInputs inputs{as_contiguous(cost),       std::nullopt, std::nullopt, images, queries, targets, false,
-                          check_invalid(op, invalid)};
+  const InvalidCosts invalid_costs = check_invalid(op, invalid);
   if (num_targets.has_value()) {
     check_shape(op, "num_targets", *num_targets, "[B] with the B of cost", {images});
     if (num_targets->scalar_type() != ScalarType::Long) {
       fail(op, "num_targets must be int64, got " + dtype_name(num_targets->scalar_type()));
     }
     check_same_device(op, "num_targets", *num_targets, "cost", cost);
-    inputs.num_targets = as_contiguous(*num_targets);
   }
+  // Before a copy of the costs, which may be vast by their strides alone: this says what has no room.
   const Tensor out = allocate(op, {images, targets}, ScalarType::Long, cost);
   if (out.numel() == 0) return out;
+  AssignmentInputs inputs{as_contiguous(cost), std::nullopt, std::nullopt, images, queries, targets, false,
+                          invalid_costs};
+  if (num_targets.has_value()) inputs.num_targets = as_contiguous(*num_targets);
   int64_t bad = -1;
   if (on_gpu(op, cost)) {
     DETOPS_GPU_ONLY(bad = linear_sum_assignment_cuda(inputs, out));
