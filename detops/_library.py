@@ -113,6 +113,15 @@ def register_autograd(name: str, backward: Callable, setup_context: Callable) ->
     torch.library.register_autograd(f"detops::{name}", backward, setup_context=setup_context)
 
 
+def refuse_second_derivative(name: str) -> None:
+    """Registers that the gradient of an op, `<name>_backward`, has none."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{name}: there is no second derivative")
+
+    register_autograd(f"{name}_backward", refuse, lambda ctx, inputs, output: None)
+
+
 def refuse_forward_mode(op: str, *tensors: torch.Tensor) -> None:
     """Raises where a forward-mode derivative is asked for: torch would take it as 0 and not say so."""
     if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(each).tangent is not None for each in tensors):

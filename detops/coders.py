@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, _library
-from ._library import register_autograd, register_fake
+from ._library import refuse_second_derivative, register_autograd, register_fake
 
 _CLIP = math.log(1000.0 / 16)
 _YOLO_VERSIONS = {"v3": 3, "v5": 5}
@@ -478,15 +478,7 @@ def _yolo_backward(ctx, grad_boxes: Tensor, grad_objectness: Tensor, grad_scores
     return of_raw, None, None, None
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
-def _second_derivative(ctx, *grads):
-    raise RuntimeError("detops.coders: the coders have no second derivative")
-
-
 register_autograd("decode_dfl", _dfl_backward, _save_dfl)
 register_autograd("decode_yolo", _yolo_backward, _save_yolo)
-for _name in (*(f"{_name}_backward" for _name in _PAIRED), "decode_dfl_backward", "decode_yolo_backward"):
-    register_autograd(_name, _second_derivative, _save_nothing)
+for _name in (*_PAIRED, "decode_dfl", "decode_yolo"):
+    refuse_second_derivative(_name)

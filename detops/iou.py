@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function
 
 from . import _checks, _library
 from . import boxes as _boxes
-from ._library import register_autograd, register_fake
+from ._library import refuse_second_derivative, register_autograd, register_fake
 
 # Numbers of the kinds, as csrc/iou/iou.h counts them.
 _IOU, _GENERALIZED, _DISTANCE, _COMPLETE, _EFFICIENT, _IOA = range(6)
@@ -354,13 +354,5 @@ def _backward(ctx, grad: Tensor):
     return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
 
 
-def _second_derivative(ctx, *grads):
-    raise RuntimeError("box_iou: there is no second derivative")
-
-
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
 register_autograd("box_iou", _backward, _save_for_backward)
-register_autograd("box_iou_backward", _second_derivative, _save_nothing)
+refuse_second_derivative("box_iou")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from . import _checks, _library
-from ._library import register_autograd, register_fake
+from ._library import refuse_second_derivative, register_autograd, register_fake
 
 # Numbers of the kinds, as csrc/losses/focal_loss.h and csrc/losses/iou_loss.h count them.
 _SIGMOID, _QUALITY, _VARIFOCAL = range(3)
@@ -469,16 +469,8 @@ def _iou_backward(ctx, grad: Tensor):
     return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
-def _second_derivative(ctx, *grads):
-    raise RuntimeError("detops.losses: the losses have no second derivative")
-
-
 register_autograd("focal_loss", _focal_backward, _save_focal)
 register_autograd("distribution_focal_loss", _distribution_backward, _save_distribution)
 register_autograd("iou_loss", _iou_backward, _save_iou)
-for _name in ("focal_loss_backward", "distribution_focal_loss_backward", "iou_loss_backward"):
-    register_autograd(_name, _second_derivative, _save_nothing)
+for _name in ("focal_loss", "distribution_focal_loss", "iou_loss"):
+    refuse_second_derivative(_name)

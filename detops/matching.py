@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_optional_tensors, check_tensors, integer, integers, number
+from ._checks import check_optional_tensors, check_tensors, integer, integers, kind_of, number
 from ._library import register_fake
 from .linear_sum_assignment import linear_sum_assignment as linear_sum_assignment  # of this family too
 from .linear_sum_assignment import match_detr as match_detr
@@ -312,6 +312,8 @@ def sample_matches(
     check_tensors(op, matches=indices)
     batch_size_per_image = integer(op, "batch_size_per_image", batch_size_per_image)
     positive_fraction = number(op, "positive_fraction", positive_fraction)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(f"{op}: generator must be a torch.Generator or None, got {kind_of(generator)}")
     if batch_size_per_image < 0:
         raise ValueError(f"{op}: batch_size_per_image must be at least 0, got {batch_size_per_image}")
     if not 0 <= positive_fraction <= 1:

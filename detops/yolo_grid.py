@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import _library
 from ._checks import check_optional_tensors, check_tensors, height_and_width, integer, number, numbers
-from ._library import register_autograd, register_fake
+from ._library import refuse_second_derivative, register_autograd, register_fake
 from .losses import _check_no_gradient, _check_not_negative, _for_autocast, _number_of
 
 
@@ -235,13 +235,5 @@ def _backward(ctx, grad: Tensor):
     return _library.ops.yolo_loss_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
-def _second_derivative(ctx, *grads):
-    raise RuntimeError("yolo_loss: there is no second derivative")
-
-
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
 register_autograd("yolo_loss", _backward, _save_for_backward)
-register_autograd("yolo_loss_backward", _second_derivative, _save_nothing)
+refuse_second_derivative("yolo_loss")

@@ -378,7 +378,7 @@ def test_no_second_derivative():
         first, *others = put_on_cpu(arguments(op, (3,)), torch.float64)
         first.requires_grad_()
         (grad,) = torch.autograd.grad(getattr(detops, op)(first, *others).sum(), first, create_graph=True)
-        with pytest.raises(RuntimeError, match="no second derivative"):
+        with pytest.raises(RuntimeError, match=r"^\w+: there is no second derivative$"):
             grad.sum().backward()
 
 

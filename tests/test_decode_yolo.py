@@ -178,7 +178,7 @@ def test_no_second_derivative():
     raw = torch.zeros(1, 14, 2, 2, requires_grad=True)
     found = detops.decode_yolo([raw], to_torch(ANCHORS[:1]), [8], version="v5")
     (grad,) = torch.autograd.grad(found.boxes.sum(), raw, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match=r"^\w+: there is no second derivative$"):
         grad.sum().backward()
 
 

@@ -253,6 +253,25 @@ def test_tensors_on_two_devices_are_refused_where_one_is_meta():
         detops.box_iou(BOXES, BOXES.to("meta"))
 
 
+def test_a_copy_that_does_not_fit_is_named():
+    """A view of one row that is expanded to 2^30 rows, in a process that may take 2 GiB."""
+    resource = pytest.importorskip("resource")
+    code = (
+        "import detops, torch\nboxes = torch.zeros(1, 4, dtype=torch.float16).expand(2**30, 4)\n"
+        "try:\n    detops.remove_small_boxes(boxes, 1.0)\nexcept RuntimeError as error:\n    print(error)"
+    )
+    limit = 2 << 30
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(detops.__file__).parents[1],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (limit, limit)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert re.match(r"cannot copy a float16 tensor of shape \[1073741824, 4\]: .*memory", result.stdout), result.stderr
+
+
 def test_results_are_read_by_torch_load(tmp_path):
     saved = detops.multiclass_nms(BOXES[None], torch.ones(1, 2, 1), max_detections=3)
     torch.save(saved, tmp_path / "detections.pt")

@@ -290,5 +290,5 @@ def test_no_second_derivative(device):
     x, t = put(device, arguments("varifocal", 3))
     x.requires_grad_()
     (grad,) = torch.autograd.grad(detops.varifocal_loss(x, t, reduction="sum"), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match=r"^\w+: there is no second derivative$"):
         grad.sum().backward()

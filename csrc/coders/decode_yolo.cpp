@@ -8,8 +8,9 @@
 namespace DETOPS_NAMESPACE {
 namespace {
 
-constexpr int kTile = 64;   // pixels of a task
-constexpr int kBlock = 16;  // classes of a task that are computed together
+constexpr int kTile = 64;               // pixels of a task
+constexpr int kBlock = 16;              // classes of a task that are computed together
+static_assert(kBlock >= kBoxChannels);  // the channels before the classes use the same rows
 
 // Reads one channel of `count` pixels.
 template <class S, class T>
@@ -214,7 +215,7 @@ YoloLevels checked_levels(const std::vector<Tensor>& raw, const Tensor& anchors,
     }
     check_same_dtype(kOp, name.c_str(), map, "raw[0]", raw[0]);
     check_same_device(kOp, name.c_str(), map, "raw[0]", raw[0]);
-    dense.push_back(map.is_contiguous() || is_channels_last(map) ? map : torch::stable::contiguous(map));
+    dense.push_back(is_channels_last(map) ? map : as_contiguous(map));
     YoloLevel& level = levels.level[i];
     const bool last = !dense[i].is_contiguous();
     level.raw = dense[i].const_data_ptr();

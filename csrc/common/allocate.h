@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,14 @@ inline void ask_for_huge_pages(const Tensor& tensor) {
 #endif
 }
 
+// Trainers look for the words "CUDA out of memory" to retry with a smaller batch: torch's text has them where that is
+// the reason, and without its text it is the likely one.
+[[noreturn]] inline void fail_to_allocate(const std::string& what, const Tensor& like) {
+  const std::string reason = last_torch_error();
+  const char* const likely = like.is_cuda() ? ": CUDA out of memory" : ": out of memory";
+  throw std::runtime_error(what + (reason.empty() ? likely : reason));
+}
+
 // An uninitialised tensor of the given shape and strides on the device of `like`.
 inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
                                ScalarType dtype, const Tensor& like) {
@@ -43,12 +52,8 @@ inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(dtype),
                                device_type, like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
-    // Trainers look for the words "CUDA out of memory" to retry with a smaller batch: torch's text has them where that
-    // is the reason, and without its text it is the likely one.
-    const std::string reason = last_torch_error();
-    const char* const likely = like.is_cuda() ? ": CUDA out of memory" : ": out of memory";
-    fail(op, "cannot allocate a " + dtype_name(dtype) + " tensor of shape " + shape_text(sizes) +
-                 (reason.empty() ? likely : reason));
+    fail_to_allocate(
+        std::string(op) + ": cannot allocate a " + dtype_name(dtype) + " tensor of shape " + shape_text(sizes), like);
   }
   Tensor tensor(handle);
   if (!like.is_cuda()) ask_for_huge_pages(tensor);
@@ -66,14 +71,26 @@ inline Tensor allocate(const char* op, const std::vector<int64_t>& sizes, Scalar
   return allocate_strided(op, sizes, strides, dtype, like);
 }
 
+// A copy that torch makes. Where it cannot, memory is short, as with a view of one row that is expanded to millions.
+template <class Copy>
+Tensor copied(const Tensor& tensor, const Copy& copy) {
+  try {
+    return copy();
+  } catch (const std::runtime_error&) {
+    fail_to_allocate("cannot copy a " + dtype_name(tensor.scalar_type()) + " tensor of shape " + shape_text(tensor),
+                     tensor);
+  }
+}
+
 // The tensor itself where it is contiguous, else a contiguous copy.
 inline Tensor as_contiguous(const Tensor& tensor) {
-  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  return tensor.is_contiguous() ? tensor : copied(tensor, [&] { return torch::stable::contiguous(tensor); });
 }
 
 // A contiguous tensor of this dtype.
 inline Tensor as_dense(const Tensor& tensor, ScalarType dtype) {
-  return as_contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+  if (tensor.scalar_type() == dtype) return as_contiguous(tensor);
+  return as_contiguous(copied(tensor, [&] { return torch::stable::to(tensor, dtype); }));
 }
 
 // The first `length` rows, sharing memory.
