@@ -249,7 +249,7 @@ def masks_to_boxes(masks: Tensor) -> Tensor:
 
 def _kernel_serves(boxes: Tensor) -> bool:
     """Eager code of floating boxes without gradient; not inside torch.func, whose tensors hide that they have one."""
-    if not boxes.is_floating_point() or torch.compiler.is_compiling():
+    if boxes.dtype not in _checks.FLOATING or torch.compiler.is_compiling():
         return False
     if torch._C._are_functorch_transforms_active():
         return False

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import detops
+from detops import _library
 
 BOXES = torch.tensor([[0.0, 0, 10, 10], [2, 2, 8, 9]])
 LOGITS = torch.tensor([[2.0, -1.0], [0.0, 0.5]])
@@ -76,13 +77,27 @@ def test_what_is_no_list_of_tensors():
 
 
 @pytest.mark.parametrize("name", TENSORS)
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2])
 def test_dtypes_without_coordinates(name, dtype):
     """torch would convert them all the same: what they are is named."""
     argument, call = TENSORS[name]
     wanted = "must be (float16, bfloat16, float32,? (or )?float64|an integer tensor|must be float32)"
     with pytest.raises(RuntimeError, match=f"^{name}: {argument} {wanted}.*, got {str(dtype)[6:]}$"):
         call(torch.zeros(2, 4).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["float8_e5m2", "float8_e4m3fnuz", "uint16", "complex32"])
+def test_the_library_knows_the_names_of_dtypes(name):
+    boxes = torch.zeros(1, 4, dtype=getattr(torch, name))
+    with pytest.raises(RuntimeError, match=f"^box_area: boxes must be float16, .*, got {name}$"):
+        _library.ops.box_area(boxes, 0)
+
+
+def test_lists_on_two_devices():
+    """The meta device's kernel runs, which looks into lists too."""
+    raw = [torch.zeros(1, 6, 2, 2), torch.zeros(1, 6, 1, 1, device="meta")]
+    with pytest.raises(RuntimeError, match="^decode_yolo: all tensors must be on one device, got cpu and meta$"):
+        detops.decode_yolo(raw, torch.ones(2, 1, 2), [8, 16], version="v3")
 
 
 def test_areas_and_conversions_of_integers_do_not_wrap():

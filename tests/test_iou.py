@@ -317,8 +317,14 @@ def test_bad_arguments_of_the_op(device):
         _library.ops.box_iou(boxes, boxes.double(), 5, False, 0.0)
     with pytest.raises(RuntimeError, match="^box_iou: kind must be from 0 to 5, got 6$"):
         _library.ops.box_iou(boxes, boxes, 6, False, 0.0)
-    with pytest.raises(RuntimeError, match=r"^box_iou: grad must have the shape of the result, got \[3, 2\]$"):
-        _library.ops.box_iou_backward(torch.zeros(3, 2, device=device.torch), boxes, boxes, 0, False, 0.0, True, True)
+    for shape, dtype, message in (
+        ((3, 2), torch.float32, r"shape \[3, 3\] as the result, got \[3, 2\]"),
+        ((9,), torch.float32, r"shape \[3, 3\] as the result, got \[9\]"),
+        ((3, 3), torch.float64, r"the dtype of boxes1 \(float32\), got float64"),
+    ):
+        grad = torch.zeros(shape, dtype=dtype, device=device.torch)
+        with pytest.raises(RuntimeError, match=f"^box_iou: grad must have {message}$"):
+            _library.ops.box_iou_backward(grad, boxes, boxes, 0, False, 0.0, True, True)
 
 
 @pytest.mark.parametrize("fmt", ["yxyx", "", None])

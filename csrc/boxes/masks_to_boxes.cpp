@@ -59,6 +59,7 @@ DETOPS_CLONES int64_t last_set(const uint8_t* bytes, int64_t begin, int64_t end,
 
 PixelBox box_of(const uint8_t* mask, const MaskLayout& layout) {
   const int64_t size = layout.mask_bytes(), width = layout.row_bytes, element = int64_t(1) << layout.size_log2;
+  if (size == 0) return empty_pixel_box();  // masks without a byte have no address
   const int64_t first = first_set(mask, 0, size, layout.significant);
   if (first == size) return empty_pixel_box();
   const int64_t last = last_set(mask, first / element * element, size, layout.significant) - 1;

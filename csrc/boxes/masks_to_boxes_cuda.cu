@@ -89,14 +89,15 @@ void masks_to_boxes_cuda(const Tensor& masks, const MaskLayout& layout, const Te
   if (layout.masks == 0) return;
   const CudaScope scope(masks);
   const int64_t rows_per_part = max_of<int64_t>(kWarps, kBytesPerPart / max_of<int64_t>(layout.row_bytes, 1));
-  const int64_t parts_per_mask = max_of<int64_t>(1, ceil_div(layout.rows, rows_per_part));
+  // Rows without a byte make no part.
+  const int64_t parts_per_mask = layout.row_bytes > 0 ? max_of<int64_t>(1, ceil_div(layout.rows, rows_per_part)) : 1;
   const int64_t blocks = layout.masks * parts_per_mask;
   const bool divided = parts_per_mask > 1;
   Tensor scratch;
   if (divided) scratch = allocate("masks_to_boxes", {blocks, 4}, ScalarType::Int, masks);
   auto* const parts = divided ? reinterpret_cast<PixelBox*>(scratch.mutable_data_ptr<int>()) : nullptr;
   float* const boxes = out.mutable_data_ptr<float>();
-  DETOPS_LAUNCH(mask_parts_kernel, static_cast<unsigned>(blocks), kThreads, 0, scope.stream(),
+  DETOPS_LAUNCH(mask_parts_kernel, blocks_for("masks_to_boxes", "masks", blocks, 1), kThreads, 0, scope.stream(),
                 static_cast<const uint8_t*>(masks.const_data_ptr()), layout, rows_per_part,
                 static_cast<int>(parts_per_mask), parts, boxes);
   if (!divided) return;

@@ -43,15 +43,16 @@ void dispatch_compute_type(ScalarType dtype, Body&& body) {
   return body(TypeTag<float>{});
 }
 
-// Calls `body` with constants that say which of two gradients are wanted: one of them at least.
+// Calls `body` with constants that say which of two gradients are wanted. One that is not is null.
 template <class Body>
-void dispatch_wanted(bool first, bool second, Body&& body) {
-  if (!second) return body(std::true_type{}, std::false_type{});
-  if (!first) return body(std::false_type{}, std::true_type{});
-  body(std::true_type{}, std::true_type{});
+void dispatch_wanted(const Tensor* first, const Tensor* second, Body&& body) {
+  if (first != nullptr && second != nullptr) return body(std::true_type{}, std::true_type{});
+  if (first != nullptr) return body(std::true_type{}, std::false_type{});
+  if (second != nullptr) return body(std::false_type{}, std::true_type{});
 }
 
-// Where to write a gradient: null where it is not wanted, as the tensor then is.
+// Where to write a gradient: null where it is not wanted, as the tensor then is, and where it is empty, as that of no
+// boxes. So the tensor says whether it is wanted, and a null pointer may only guard the rows that would be written.
 template <class T>
 T* data_if_wanted(const Tensor* tensor) {
   return tensor == nullptr ? nullptr : tensor->mutable_data_ptr<T>();

@@ -195,7 +195,7 @@ void box_iou_backward_cpu(const Tensor& grad, const Tensor& boxes1, const Tensor
     const T* const grad_data = grad.const_data_ptr<T>();
     T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
     if (!aligned) {
-      return dispatch_wanted(grad1 != nullptr, grad2 != nullptr, [&](auto first, auto second) {
+      return dispatch_wanted(grad1, grad2, [&](auto first, auto second) {
         pairwise_gradient<kind.value, first.value, second.value>(data1, data2, grad_data, shape, T(eps), out1, out2);
       });
     }
@@ -239,9 +239,9 @@ std::tuple<Tensor, Tensor> box_iou_backward(const Tensor& grad, const Tensor& bo
   const IouBoxes dense1(boxes1, aligned), dense2(boxes2, aligned);
   shape.stride1 = dense1.stride;
   shape.stride2 = dense2.stride;
-  if (grad.numel() != shape.batch * shape.rows * (aligned ? 1 : shape.columns)) {
-    fail(op, "grad must have the shape of the result, got " + shape_text(grad));
-  }
+  check_sizes(op, "grad", grad, pair_sizes(boxes1, shape, aligned), " as the result");
+  check_same_dtype(op, "grad", grad, "boxes1", boxes1);
+  check_same_device(op, "grad", grad, "boxes1", boxes1);
   const Tensor dense_grad = as_contiguous(grad);
   const auto like = [&](const Tensor& boxes, bool wanted) {
     return allocate(op, wanted ? sizes_of(boxes) : std::vector<int64_t>{0}, boxes.scalar_type(), boxes);

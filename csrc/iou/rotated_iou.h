@@ -19,9 +19,11 @@ struct RotatedBox {
   using Scalar = T;
   static constexpr int kCoordinates = 5;
   T centre_x, centre_y, width, height;
-  T angle;      // without full turns where it was more than one, so that differences of angles round little
-  T cos, sin;   // of the angle
-  T undefined;  // NaN where the centre or the angle is not finite, else 0
+  T angle;     // without full turns where it was more than one, so that differences of angles round little; NaN where
+               // the centre or the angle is not finite
+  T cos, sin;  // of the angle
+
+  DETOPS_HD bool is_finite() const { return angle == angle; }  // but for the sides
 };
 
 // Reads five coordinates of any floating dtype.
@@ -30,14 +32,9 @@ DETOPS_HD RotatedBox<T> load_rotated_box(const Source* coordinates) {
   const T x = static_cast<T>(coordinates[0]), y = static_cast<T>(coordinates[1]);
   const T angle = static_cast<T>(coordinates[4]);
   const auto turn = math::sincos_degrees(angle);
-  return {x,
-          y,
-          static_cast<T>(coordinates[2]),
-          static_cast<T>(coordinates[3]),
-          angle > T(360) || angle < T(-360) ? std::fmod(angle, T(360)) : angle,
-          turn.cos,
-          turn.sin,
-          T(0) * x + T(0) * y + T(0) * angle};
+  const T within = angle > T(360) || angle < T(-360) ? std::fmod(angle, T(360)) : angle;
+  const T width = static_cast<T>(coordinates[2]), height = static_cast<T>(coordinates[3]);
+  return {x, y, width, height, within + (T(0) * x + T(0) * y), turn.cos, turn.sin};
 }
 
 template <class T, class Source>
@@ -182,7 +179,7 @@ DETOPS_HD T intersection_area(const RotatedBox<T>& a, const RotatedBox<T>& b) {
 template <class T>
 DETOPS_HD T rotated_iou(const RotatedBox<T>& a, const RotatedBox<T>& b, bool meet) {
   const T intersection = meet ? intersection_area(a, b) : T(0);
-  return intersection / (box_area(a) + box_area(b) - intersection) + (a.undefined + b.undefined);
+  return intersection / (box_area(a) + box_area(b) - intersection) + T(0) * (a.angle + b.angle);
 }
 template <class T>
 DETOPS_HD T rotated_iou(const RotatedBox<T>& a, const RotatedBox<T>& b) {

@@ -72,7 +72,7 @@ void iou_loss_backward_cpu(const Upstream& upstream, const Tensor& boxes1, const
     const T *const data1 = boxes1.const_data_ptr<T>(), *const data2 = boxes2.const_data_ptr<T>();
     T *const out1 = data_if_wanted<T>(grad1), *const out2 = data_if_wanted<T>(grad2);
     const UpstreamView<T> grad(upstream);
-    dispatch_wanted(grad1 != nullptr, grad2 != nullptr, [&](auto first, auto second) {
+    dispatch_wanted(grad1, grad2, [&](auto first, auto second) {
       parallel_ranges(boxes1.numel() / 4, kLossGrain * kLossBlock, [&](int64_t begin, int64_t end) {
         iou_loss_gradients<kind.value, first.value, second.value>(data1, data2, grad, begin, end, loss_eps<T>(eps),
                                                                   out1, out2);

@@ -73,7 +73,7 @@ struct Chunk<RotatedBox<T>, Lanes> {
     error[lane] = area_error(box);
   }
   DETOPS_HD RotatedBox<T> get(int lane) const {
-    return {centre_x[lane], centre_y[lane], width[lane], height[lane], angle[lane], cos[lane], sin[lane], T(0)};
+    return {centre_x[lane], centre_y[lane], width[lane], height[lane], angle[lane], cos[lane], sin[lane]};
   }
 
   // As above. Circles and areas rule out most boxes, the bound on the IoU most of the others.

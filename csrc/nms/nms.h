@@ -79,7 +79,7 @@ DETOPS_HD bool takes_part(const Box<T>& box, T area) {
 }
 template <class T>
 DETOPS_HD bool takes_part(const RotatedBox<T>& box, T area) {
-  return can_overlap(box, area) & (box.undefined == T(0));
+  return can_overlap(box, area) & box.is_finite();
 }
 
 // Boxes in ascending order of (rank_key of the score, index) are in descending order of score, NaN first, -0 equal to

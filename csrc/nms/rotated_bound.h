@@ -17,7 +17,7 @@ DETOPS_HD bool has_plain_size(T side) {
 // Whether bounds of exact arithmetic say something about the computed IoUs of this box.
 template <class T>
 DETOPS_HD bool is_plain(const RotatedBox<T>& box) {
-  return has_plain_size(box.width) & has_plain_size(box.height) & (box.undefined == T(0));
+  return has_plain_size(box.width) & has_plain_size(box.height) & box.is_finite();
 }
 
 // Of boxes whose circles meet, the computed area of the intersection, and that of the bound, is off by less than this
