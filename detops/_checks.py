@@ -75,7 +75,7 @@ def integer(op: str, argument: str, value: Any) -> int:
 
 def integers(op: str, argument: str, values: Iterable) -> tuple[int, ...]:
     """Each of a sequence, see `integer`."""
-    return tuple(integer(op, argument, value) for value in _each_of(op, argument, "integers", values))
+    return tuple(integer(op, argument, value) for value in sequence(op, argument, "integers", values))
 
 
 def height_and_width(op: str, argument: str, sides: Iterable) -> tuple[int, int]:
@@ -104,7 +104,7 @@ def number(op: str, argument: str, value: Any) -> float:
 
 def numbers(op: str, argument: str, values: Iterable) -> tuple[float, ...]:
     """Each of a sequence, see `number`."""
-    return tuple(number(op, argument, value) for value in _each_of(op, argument, "numbers", values))
+    return tuple(number(op, argument, value) for value in sequence(op, argument, "numbers", values))
 
 
 def kind_of(value: Any) -> str:
@@ -127,7 +127,8 @@ def _stands_for_a_number(value: Any) -> bool:
     return isinstance(value, _SYMBOLS) or _stands_for_a_value(value)
 
 
-def _each_of(op: str, argument: str, what: str, values: Iterable) -> Sequence:
+def sequence(op: str, argument: str, what: str, values: Iterable) -> Sequence:
+    """A tuple of what can be iterated over; `what` says of what it should be."""
     try:
         return tuple(values)
     except TypeError:

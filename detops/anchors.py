@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from . import _library
-from ._checks import check_tensor_list, check_tensors, integer, integers, kind_of, number, numbers
+from ._checks import check_tensor_list, check_tensors, integer, integers, kind_of, number, numbers, sequence
 from ._library import register_fake
 
 # Numbers of the metrics, as csrc/anchors/anchors.h counts them.
@@ -233,9 +233,13 @@ class DefaultBoxGenerator(nn.Module):
     ) -> None:
         super().__init__()
         op = "DefaultBoxGenerator"
-        aspect_ratios = tuple(numbers(op, "aspect_ratios", ratios) for ratios in aspect_ratios)
+        aspect_ratios = tuple(
+            numbers(op, "aspect_ratios", ratios) for ratios in sequence(op, "aspect_ratios", "sequences", aspect_ratios)
+        )
         min_ratio, max_ratio = number(op, "min_ratio", min_ratio), number(op, "max_ratio", max_ratio)
         count = len(aspect_ratios)
+        scales = None if scales is None else numbers(op, "scales", scales)
+        steps = None if steps is None else numbers(op, "steps", steps)
         if steps is not None and len(steps) != count:
             raise ValueError(f"{op}: steps must have one entry per map ({count}), got {len(steps)}")
         if scales is None:
@@ -246,8 +250,8 @@ class DefaultBoxGenerator(nn.Module):
         if len(scales) < count + 1:
             raise ValueError(f"{op}: scales must be {count + 1} numbers, got {len(scales)}")
         self.aspect_ratios = tuple(tuple(map(float, ratios)) for ratios in aspect_ratios)
-        self.scales = tuple(map(float, numbers(op, "scales", scales)))
-        self.steps = None if steps is None else tuple(map(float, numbers(op, "steps", steps)))
+        self.scales = tuple(map(float, scales))
+        self.steps = None if steps is None else tuple(map(float, steps))
         self.clip = bool(clip)
         options = {"aspect_ratios": sum(self.aspect_ratios, ()), "scales": self.scales, "steps": self.steps or ()}
         for argument, values in options.items():
@@ -566,8 +570,10 @@ def _best_sides(sizes: Tensor, anchors: Tensor, labels: Tensor, axis: int, order
 
 
 def _sizes_and_ratios(op: str, sizes: Sequence, aspect_ratios: Sequence) -> tuple[tuple, tuple]:
-    sizes = tuple(numbers(op, "sizes", each if _is_sequence(each) else (each,)) for each in sizes)
-    ratios = tuple(aspect_ratios)
+    sizes = tuple(
+        numbers(op, "sizes", each if _is_sequence(each) else (each,)) for each in sequence(op, "sizes", "sizes", sizes)
+    )
+    ratios = sequence(op, "aspect_ratios", "numbers", aspect_ratios)
     if not ratios or not _is_sequence(ratios[0]):
         ratios = (ratios,) * len(sizes)
     ratios = tuple(numbers(op, "aspect_ratios", each) for each in ratios)
