@@ -249,7 +249,9 @@ class TaskAlignedAssigner(torch.nn.Module):
             "TaskAlignedAssigner", pd_scores=pd_scores, pd_bboxes=pd_bboxes, anc_points=anc_points,
             gt_labels=gt_labels, gt_bboxes=gt_bboxes, mask_gt=mask_gt,
         )  # fmt: skip
-        check_real("TaskAlignedAssigner", pd_scores=pd_scores, gt_labels=gt_labels, mask_gt=mask_gt)
+        check_real("TaskAlignedAssigner", pd_scores=pd_scores, gt_labels=gt_labels)
+        if mask_gt.dtype != torch.bool:
+            check_real("TaskAlignedAssigner", mask_gt=mask_gt)
         for name, each in (("pd_scores", pd_scores), ("gt_bboxes", gt_bboxes)):
             if each.ndim != 3 or not each.is_floating_point():
                 fact = f"{list(each.shape)} of {_library.dtype_name(each.dtype)}"
