@@ -447,9 +447,7 @@ def kmeans_anchors(
     op = "kmeans_anchors"
     check_tensors(op, sizes=sizes)
     k = integer(op, "k", k)
-    seed = (
-        int(seed) if isinstance(seed, int) else integer(op, "seed", seed)
-    )  # up to 2^64 - 1
+    seed = int(seed) if isinstance(seed, int) else integer(op, "seed", seed)  # up to 2^64 - 1
     max_iterations = integer(op, "max_iterations", max_iterations)
     if metric not in _METRICS:
         raise ValueError(f"{op}: metric must be 'iou' or 'euclidean', got {metric!r}")
