@@ -94,7 +94,7 @@ def test_multiclass_nms_equals_the_loop_over_images(device, by_class, boxes_per_
 
 
 def test_results_of_tv_tensors_are_plain_tensors(device, torchvision):
-    tv_tensors = torchvision.tv_tensors
+    tv_tensors = pytest.importorskip("torchvision.tv_tensors")
     corners, scores = to_torch(inputs.clustered_boxes(30), device=device.torch), torch.rand(30, device=device.torch)
     boxes = tv_tensors.BoundingBoxes(corners, format="XYXY", canvas_size=(1000, 1000))
     calls = {
