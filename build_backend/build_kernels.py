@@ -77,8 +77,10 @@ def extension(toolkit: Toolkit | None) -> Extension:
     nvcc_flags = [*NVCC_FLAGS, "-Xcompiler", ",".join([*HOST_FLAGS, *WARNINGS]), STANDARD, *torch_headers]
     options = {"include_dirs": [str(ROOT / "csrc")], "define_macros": [("TORCH_TARGET_VERSION", "0x020a000000000000")]}
     if OLDEST_GLIBC:
-        # g++'s runtime, not zig's: exceptions pass from this library through torch's.
-        options["extra_link_args"] = [gcc_file("libstdc++.so"), gcc_file("libgcc_s.so.1"), "-lm"]
+        # g++'s runtime, not zig's: exceptions pass from this library through torch's, and the clones ask libgcc.a for
+        # the processor's features, of which zig's knows fewer.
+        runtime = ("libgcc.a", "libstdc++.so", "libgcc_s.so.1")
+        options["extra_link_args"] = [*map(gcc_file, runtime), "-lm"]
         options["libraries"] = ["dl"]
     checked = os.environ.get("DETOPS_CHECKED", "0")
     if checked not in ("0", "1", "address"):
