@@ -6,9 +6,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import torch
-from harness import Case, optional, same
 
 import detops
+from harness import Case, optional, same
 
 torchvision = optional("torchvision")
 sklearn = optional("sklearn.cluster") if optional("sklearn") else None

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from harness import Case, optional, tensors
 
 import detops
+from harness import Case, optional, tensors
 
 torchvision = optional("torchvision")
 if torchvision:

@@ -8,11 +8,11 @@ import time
 from collections import OrderedDict
 from types import SimpleNamespace
 
-import harness
 import torch
 from torch import nn
 
 import detops
+import harness
 from detops.compat import _redirect
 
 

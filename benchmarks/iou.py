@@ -5,9 +5,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from harness import Case, optional, reference, same
 
 import detops
+from harness import Case, optional, reference, same
 
 torchvision = optional("torchvision")
 

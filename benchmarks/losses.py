@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from harness import Case, optional, tensors
 
 import detops
+from harness import Case, optional, tensors
 
 torchvision = optional("torchvision")
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-from harness import Case, optional, reference, same
 
 import detops
+from harness import Case, optional, reference, same
 
 torchvision = optional("torchvision")
 

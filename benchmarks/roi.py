@@ -5,9 +5,9 @@ from functools import partial
 
 import numpy as np
 import torch
-from harness import Case, optional, reference, tensors
 
 import detops
+from harness import Case, optional, reference, tensors
 
 torchvision = optional("torchvision")
 

@@ -15,9 +15,10 @@ from contextlib import nullcontext
 from datetime import datetime, timezone
 from pathlib import Path
 
+import torch
+
 import harness
 import report
-import torch
 
 FAMILIES = sorted(p.stem for p in Path(__file__).parent.glob("*.py") if p.stem not in ("run", "harness", "report"))
 

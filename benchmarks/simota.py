@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from harness import Case, optional, reference
-from task_aligned import STRIDES, anchor_points, scene
 
 import detops
+from harness import Case, optional, reference
+from task_aligned import STRIDES, anchor_points, scene
 
 torchvision = optional("torchvision")
 

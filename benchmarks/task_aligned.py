@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from harness import Case, optional, reference
 
 import detops
+from harness import Case, optional, reference
 
 STRIDES = (8, 16, 32)
 

@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from harness import Case, reference
 
 import detops
+from harness import Case, reference
 
 SIZE = 416
 GRID = 13

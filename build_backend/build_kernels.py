@@ -17,10 +17,11 @@ import sys
 from pathlib import Path
 
 import torch
-from cuda_toolkit import Toolkit, find_toolkit
 from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
+
+from cuda_toolkit import Toolkit, find_toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,8 +8,6 @@ only where that has none is one asked for. Of others it is found as far as can b
 import os
 import sys
 
-from cuda_toolkit import find_toolkit
-from find_torch import OLDEST_TORCH, search
 from setuptools.build_meta import (  # noqa: F401
     build_editable,
     build_sdist,
@@ -17,6 +15,9 @@ from setuptools.build_meta import (  # noqa: F401
     prepare_metadata_for_build_editable,
     prepare_metadata_for_build_wheel,
 )
+
+from cuda_toolkit import find_toolkit
+from find_torch import OLDEST_TORCH, search
 
 DEFAULT_CUDA = "13.0"  # the first whose compiler NVIDIA publishes as wheels; runs on every driver of CUDA 13
 

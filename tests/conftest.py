@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
 from inputs import to_torch
 
 DEVICES = ("cpu", "cuda", "emulated")

@@ -65,6 +65,7 @@ def work(options: argparse.Namespace, say) -> None:
 def make_call(target, seed: int, device: str, show: bool = False) -> tuple[str, str]:
     """("result" | "refused" | "finding" | "words", what it is). "words" is an exception of another kind or text."""
     import torch
+
     from fuzz_arguments import draw
 
     scene, arguments = draw(target, seed, small=device == "emulated")
@@ -247,9 +248,8 @@ def kernels(device: str):
 
 def restart_for_emulation() -> None:
     """As this program with the emulated kernels, whose sanitizers must be there before all else."""
-    from run import fix_addresses, sanitizer_environment
-
     from build import build
+    from run import fix_addresses, sanitizer_environment
 
     wanted = {"DETOPS_EMULATED_LIBRARY": str(build("address")), "OMP_NUM_THREADS": "1"}
     fix_addresses()

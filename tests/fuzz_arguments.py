@@ -16,11 +16,11 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import inputs
 import numpy as np
 import torch
 
 import detops
+import inputs
 from detops import _library
 
 INF, NAN = math.inf, math.nan

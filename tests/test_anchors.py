@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from inputs import NAN, to_numpy, to_torch
-from reference import anchors as reference
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import detops
 from detops import _library
+from inputs import NAN, to_numpy, to_torch
+from reference import anchors as reference
 
 METRICS = {"iou": 0, "euclidean": 1, "ratio": 2}
 SIZES, RATIOS = ((32, 45), (64,), (128, 7.5, 300)), ((0.5, 1.0, 2.0), (1.0,), (0.3, 3.7))

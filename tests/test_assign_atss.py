@@ -1,14 +1,14 @@
 """assign_atss: equal to its definition in reference/matching.py."""
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import matching as reference
 
 import detops
+import inputs
 from detops import _library
+from inputs import to_numpy, to_torch
+from reference import matching as reference
 
 
 def check(anchors, level_sizes, gt_boxes, gt_valid=None, topk=9):

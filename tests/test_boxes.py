@@ -2,16 +2,16 @@
 
 import itertools
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import boxes as reference
 from torch.autograd import forward_ad
 
 import detops
+import inputs
 from detops import _library
+from inputs import to_numpy, to_torch
+from reference import boxes as reference
 
 UNROTATED = ("xyxy", "xywh", "cxcywh")
 ROTATED = ("xywhr", "cxcywhr", "xyxyxyxy")

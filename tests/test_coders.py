@@ -2,15 +2,15 @@
 
 import math
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import NAN, to_numpy, to_torch
-from reference import coders as reference
 
 import detops
+import inputs
 from detops import _library
+from inputs import NAN, to_numpy, to_torch
+from reference import coders as reference
 
 SIZES = (0, 1, 31, 32, 33, 63, 64, 65, 127, 128, 129, 257, 1000)
 WEIGHTS = (10.0, 10.0, 5.0, 5.0)

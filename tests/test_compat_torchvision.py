@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Device
 from torch import nn
 
 import detops
+from conftest import Device
 from detops.compat import _redirect
 
 MODELS = ("faster_rcnn", "mask_rcnn", "keypoint_rcnn", "retinanet", "fcos", "ssd")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import NAN, to_numpy, to_torch
-from reference import coders as reference
 
 import detops
 from detops import _library
+from inputs import NAN, to_numpy, to_torch
+from reference import coders as reference
 
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import NAN, to_numpy, to_torch
-from reference import coders as reference
 
 import detops
 from detops import _library
+from inputs import NAN, to_numpy, to_torch
+from reference import coders as reference
 
 VERSIONS = ("v3", "v5")
 STRIDES = [8.0, 16.0, 32.0]

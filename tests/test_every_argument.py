@@ -9,13 +9,13 @@ import re
 import typing
 from types import UnionType
 
-import fuzz
-import fuzz_arguments
 import numpy as np
 import pytest
 import torch
 
 import detops
+import fuzz
+import fuzz_arguments
 
 TARGETS = {name: each for name, each in fuzz_arguments.targets().items() if "::" not in name}
 ARGUMENTS = [(name, argument) for name, target in TARGETS.items() for argument in target.types]

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from features import CALLS
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import detops
+from features import CALLS
 
 ROOT = Path(__file__).parents[1]
 YES = "yes"

@@ -5,12 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import fuzz
-import fuzz_arguments
 import pytest
 import torch
 
 import detops
+import fuzz
+import fuzz_arguments
 from detops import _library
 
 TARGETS = fuzz_arguments.targets()

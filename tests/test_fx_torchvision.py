@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from features import boxes
 from torch import nn
 
 import detops
+from features import boxes
 
 BOXES, SCORES, MAP = boxes(5), torch.rand(5), torch.rand(1, 4, 16, 16)
 ROIS = torch.cat((torch.zeros(5, 1), BOXES / 2), 1)

@@ -3,16 +3,16 @@
 import sys
 from fractions import Fraction
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import to_numpy, to_torch
 from memory import peak_growth
 from reference import iou as reference
-
-import detops
-from detops import _library
 
 FUNCTIONS = {
     "iou": detops.box_iou,

@@ -1,14 +1,14 @@
 """Gradients of box_iou and its relatives, against finite differences and torch's autograd."""
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import to_torch
-from test_iou import FUNCTIONS, NAMES
 from torch.autograd.gradcheck import GradcheckError
 
+import inputs
 from detops import _library
+from inputs import to_torch
+from test_iou import FUNCTIONS, NAMES
 
 
 @pytest.fixture(params=FUNCTIONS)

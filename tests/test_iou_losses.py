@@ -2,16 +2,16 @@
 
 from functools import partial
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import to_numpy, to_torch
 from reference import losses as reference
 from test_losses import REDUCTIONS
-
-import detops
-from detops import _library
 
 LOSSES = (
     detops.generalized_box_iou_loss,

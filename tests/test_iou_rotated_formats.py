@@ -1,15 +1,15 @@
 """box_iou of rotated boxes: formats, dtypes, shapes, errors, and as a PyTorch op. Values: test_iou_rotated.py."""
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import to_numpy, to_torch
 from reference import iou as reference
 from test_iou_rotated import check, expected_of, rotated_iou
-
-import detops
-from detops import _library
 
 FORMATS = ("cxcywhr", "xywhr", "xyxyxyxy")
 

@@ -5,11 +5,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import linear_sum_assignment as reference
 
 import detops
 from detops import _library
+from inputs import to_numpy, to_torch
+from reference import linear_sum_assignment as reference
 
 # Around the CPU's 8 lanes and the GPU's warps and 256 threads.
 SHAPES = [(1, 1), (2, 1), (1, 2), (7, 3), (3, 7), (8, 8), (9, 8), (31, 33), (33, 31), (40, 40), (257, 5), (5, 257)]

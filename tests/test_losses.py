@@ -5,10 +5,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from inputs import NAN, to_numpy, to_torch
-from reference import losses as reference
 
 import detops
+from inputs import NAN, to_numpy, to_torch
+from reference import losses as reference
 
 NAMES = ("sigmoid", "sigmoid_by_class", "quality", "varifocal", "distribution")
 REDUCTIONS = {"none": lambda losses: losses, "sum": torch.sum, "mean": torch.mean}

@@ -6,11 +6,11 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from inputs import NAN, to_torch
-from test_losses import NAMES, REDUCTIONS, arguments, function_of, logits, put
 
 import detops
 from detops import _library
+from inputs import NAN, to_torch
+from test_losses import NAMES, REDUCTIONS, arguments, function_of, logits, put
 
 # Errors.
 

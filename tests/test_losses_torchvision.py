@@ -1,14 +1,14 @@
 """The losses that torchvision has too: values and gradients."""
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
 from inputs import to_torch
 from test_iou_losses import all_pairs, flat, grid_pairs, pairs
 from test_losses import arguments, hard_targets, logits
-
-import detops
 
 REDUCTIONS = ("none", "mean", "sum")
 IOU_LOSSES = ("generalized_box_iou_loss", "distance_box_iou_loss", "complete_box_iou_loss")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy
-from reference import boxes as reference
 
 import detops
 from detops import _library
+from inputs import to_numpy
+from reference import boxes as reference
 
 DTYPES = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import linear_sum_assignment as reference
 
 import detops
 from detops import _library
+from inputs import to_numpy, to_torch
+from reference import linear_sum_assignment as reference
 
 COSTS = {
     "detr": {},

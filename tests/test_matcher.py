@@ -1,14 +1,14 @@
 """Matcher: equal to its definition in reference/matching.py, and to torchvision's."""
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import matching as reference
 
 import detops
+import inputs
 from detops import _library
+from inputs import to_numpy, to_torch
+from reference import matching as reference
 
 THRESHOLDS = ((0.7, 0.3), (0.5, 0.5), (0.5, 0.0), (0.25, -1.0))
 

@@ -2,16 +2,16 @@
 
 import sys
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import to_numpy, to_torch
 from memory import peak_growth
 from reference import matching as reference
-
-import detops
-from detops import _library
 
 # (high, low, options): the settings of RPN, the same in mmdetection, RetinaNet, Fast R-CNN, and odd ones.
 SETTINGS = {

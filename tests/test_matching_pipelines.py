@@ -4,11 +4,11 @@ NumPy, image by image and anchor by anchor."""
 import numpy as np
 import pytest
 import torch
+
+import detops
 from inputs import to_numpy
 from reference import coders, matching
 from reference import linear_sum_assignment as assignment
-
-import detops
 
 CLASSES = 5
 HEIGHT, WIDTH = 64, 96

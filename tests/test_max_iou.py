@@ -2,16 +2,16 @@
 
 import sys
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import to_numpy, to_torch
 from memory import peak_growth
 from reference import iou as reference
-
-import detops
-from detops import _library
 
 # Around the GPU's blocks of 256 rows and chunks of 256 columns, and the 16 lanes of the CPU.
 ROWS = (0, 1, 15, 16, 17, 255, 256, 257)

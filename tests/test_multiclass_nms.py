@@ -2,15 +2,15 @@
 
 import time
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import nms as reference
 
 import detops
+import inputs
 from detops import _library
+from inputs import to_numpy, to_torch
+from reference import nms as reference
 
 OPTIONS = {
     "defaults": {},

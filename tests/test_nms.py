@@ -3,16 +3,16 @@
 import sys
 import time
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import KINDS, THRESHOLDS, to_numpy, to_torch
 from memory import peak_growth
 from reference import nms as reference
-
-import detops
-from detops import _library
 
 SIZES = (0, 1, 2, 31, 32, 33, 63, 64, 65, 1000)
 

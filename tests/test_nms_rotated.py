@@ -3,16 +3,16 @@
 import functools
 import time
 
-import inputs
 import numpy as np
 import pytest
 import torch
+
+import detops
+import inputs
+from detops import _library
 from inputs import to_numpy, to_torch
 from reference import iou as reference
 from reference.nms import ranking
-
-import detops
-from detops import _library
 
 
 def threshold_in_a_gap(ious, wanted):

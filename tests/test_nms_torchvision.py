@@ -3,12 +3,12 @@
 torchvision runs on the CPU: its CUDA kernel narrows the threshold to float32.
 """
 
-import inputs
 import pytest
 import torch
-from inputs import KINDS, THRESHOLDS, to_torch
 
 import detops
+import inputs
+from inputs import KINDS, THRESHOLDS, to_torch
 
 
 @pytest.fixture

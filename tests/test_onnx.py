@@ -4,9 +4,9 @@ import doctest
 
 import pytest
 import torch
-from features import boxes as random_boxes
 
 import detops
+from features import boxes as random_boxes
 
 
 @pytest.fixture

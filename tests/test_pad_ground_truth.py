@@ -1,13 +1,13 @@
 """pad_ground_truth: lists of an image's boxes and labels as one padded batch."""
 
-import inputs
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy, to_torch
-from reference import boxes as reference
 
 import detops
+import inputs
+from inputs import to_numpy, to_torch
+from reference import boxes as reference
 
 
 def images(sizes, dtype=torch.float32, labels_dtype=torch.int64, device="cpu"):

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy
-from reference import roi as reference
-from roi_inputs import CHANNELS, LAYOUTS, edge_rois, random_map, random_rois, tolerance
 
 import detops
 from detops import BoxFormatError, _library
+from inputs import to_numpy
+from reference import roi as reference
+from roi_inputs import CHANNELS, LAYOUTS, edge_rois, random_map, random_rois, tolerance
 
 OPTIONS = [(0.25, ratio, aligned) for ratio in (-1, 1, 2, 3) for aligned in (False, True)]
 

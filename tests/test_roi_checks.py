@@ -8,12 +8,12 @@ import re
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy
-from reference import roi as reference
-from roi_inputs import LAYOUTS, random_map, random_rois
 
 import detops
 from detops import BoxFormatError, _library
+from inputs import to_numpy
+from reference import roi as reference
+from roi_inputs import LAYOUTS, random_map, random_rois
 
 
 def multi_scale_roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1):

@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+
+import detops
+from detops import _library
 from inputs import to_numpy
 from reference import roi as reference
 from roi_inputs import LAYOUTS, edge_rois, random_map, random_rois, tolerance
 from test_roi_align import in_format_of
-
-import detops
-from detops import _library
 
 SCALES = [1 / 4, 1 / 8, 1 / 16]
 

@@ -5,14 +5,14 @@ import functools
 import numpy as np
 import pytest
 import torch
+
+import detops
+from detops import BoxFormatError, _library
 from inputs import to_numpy
 from memory import peak_growth
 from reference import roi as reference
 from roi_inputs import LAYOUTS, edge_rois, random_map, random_rois, tolerance
 from test_roi_align import in_format_of
-
-import detops
-from detops import BoxFormatError, _library
 
 # Each op as (function, reference, its gradient), with options (spatial_scale, sampling_ratio) where it takes them.
 MAX = functools.partial(detops.roi_align, mode="max")

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import to_torch
-from reference import matching as reference
 
 import detops
 from detops import _library
+from inputs import to_torch
+from reference import matching as reference
 
 
 def matches_of(images, anchors, seed=0, shares=(0.1, 0.6, 0.3)):

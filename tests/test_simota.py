@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from inputs import EDGES, edge_boxes, to_numpy
-from reference import simota as reference
-from yolo_scenes import grid_points, scene
 
 import detops
 from detops import _library
+from inputs import EDGES, edge_boxes, to_numpy
+from reference import simota as reference
+from yolo_scenes import grid_points, scene
 
 OPTIONS = [
     {},

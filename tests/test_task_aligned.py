@@ -5,13 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+
+import detops
+from detops import _library
 from inputs import EDGES, edge_boxes, to_numpy
 from memory import peak_growth
 from reference import task_aligned as reference
 from yolo_scenes import Scene, grid_points, scene
-
-import detops
-from detops import _library
 
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 OPTIONS = [

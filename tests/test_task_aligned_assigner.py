@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from inputs import to_torch
-from yolo_scenes import grid_points, scene
 
 import detops
+from inputs import to_torch
+from yolo_scenes import grid_points, scene
 
 
 class Cpu:

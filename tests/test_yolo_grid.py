@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import EDGES, edge_boxes, to_numpy
-from reference import yolo_grid as reference
 
 import detops
 from detops import _library
+from inputs import EDGES, edge_boxes, to_numpy
+from reference import yolo_grid as reference
 
 ANCHORS = np.array([[10.0, 13], [33, 23], [30, 61], [116, 90], [30, 30]])
 

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from inputs import to_numpy
-from reference import yolo_grid as reference
 
 import detops
 from detops import _library
+from inputs import to_numpy
+from reference import yolo_grid as reference
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 1e-5, torch.float64: 1e-12}
 

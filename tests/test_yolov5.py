@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from inputs import EDGES, edge_boxes, to_numpy
-from reference import yolov5 as reference
 
 import detops
 from detops import _library
+from inputs import EDGES, edge_boxes, to_numpy
+from reference import yolov5 as reference
 
 STRIDES = (8, 16, 32)
 ANCHORS = np.array(
