@@ -174,17 +174,19 @@ def dtype_name(dtype: torch.dtype) -> str:
 def load_emulation(path: str | Path) -> None:
     """Loads a library of emulated CUDA kernels, whose ops stand in the namespace `detops_emulated`."""
     torch.ops.load_library(path)
-    for name, fake in _fakes.items():
-        torch.library.register_fake(f"detops_emulated::{name}", fake)
-    for name, (backward, setup_context) in _autograds.items():
+    names = set(op_names("detops_emulated"))  # all, or those of one family
+    for name in names & _fakes.keys():
+        torch.library.register_fake(f"detops_emulated::{name}", _fakes[name])
+    for name in names & _autograds.keys():
+        backward, setup_context = _autograds[name]
         torch.library.register_autograd(f"detops_emulated::{name}", backward, setup_context=setup_context)
 
 
 @contextlib.contextmanager
 def use_namespace(namespace: str) -> Iterator[None]:
-    """Makes the wrappers call the ops of another namespace."""
+    """Makes the wrappers call the ops of another namespace, where it has them."""
     global ops
-    previous, ops = ops, _resolve(namespace)
+    previous, ops = ops, SimpleNamespace(**{**vars(_resolve("detops")), **vars(_resolve(namespace))})
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ import torch
 from inputs import to_torch
 
 DEVICES = ("cpu", "cuda", "emulated")
+EMULATION_BUILD = Path(__file__).parent / "emulation" / "build.py"
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -79,21 +80,25 @@ def _load_emulated_kernels():
     """(what to do instead, why), or None when they are loaded; asked once a session, also when the build fails."""
     from detops import _library
 
-    if os.environ.get("DETOPS_EMULATION") == "0":
-        return pytest.skip, "DETOPS_EMULATION=0"
     library = os.environ.get("DETOPS_EMULATED_LIBRARY")
+    if reason := _emulation_is_left_out():
+        return pytest.skip, reason
     if not library:
-        build = Path(__file__).parent / "emulation" / "build.py"
-        if not build.exists():
-            return pytest.skip, "no tests/emulation/build.py"
-        if shutil.which("g++") is None:
-            return pytest.skip, "no g++ to build the emulated CUDA kernels"
         try:
-            library = _module_at(build).build()
+            library = _module_at(EMULATION_BUILD).build_library()
         except Exception as error:
             return pytest.fail, f"the emulated CUDA kernels do not build: {error}"
     _library.load_emulation(library)
     return None
+
+
+def _emulation_is_left_out():
+    """Why, or nothing."""
+    if os.environ.get("DETOPS_EMULATION") == "0":
+        return "DETOPS_EMULATION=0"
+    if shutil.which("g++") is None and not os.environ.get("DETOPS_EMULATED_LIBRARY"):
+        return "no g++ to build the emulated CUDA kernels"
+    return ""
 
 
 def _module_at(path):
@@ -132,6 +137,14 @@ def fresh_compiler(request):
 def torchvision():
     """torchvision, where it is installed; a test that uses it is marked "parity"."""
     return pytest.importorskip("torchvision")
+
+
+def pytest_report_header():
+    """Says at once that something is compiled first, and how long that takes."""
+    if _emulation_is_left_out() or os.environ.get("DETOPS_EMULATED_LIBRARY") or "emulated" not in _chosen_devices():
+        return None
+    announced = _module_at(EMULATION_BUILD).announcement()
+    return announced and f'before the first test of device "emulated": {announced} (DETOPS_EMULATION=0 leaves it out)'
 
 
 def pytest_generate_tests(metafunc):

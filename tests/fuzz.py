@@ -248,10 +248,10 @@ def kernels(device: str):
 
 def restart_for_emulation() -> None:
     """As this program with the emulated kernels, whose sanitizers must be there before all else."""
-    from build import build
+    from build import build_library
     from run import fix_addresses, sanitizer_environment
 
-    wanted = {"DETOPS_EMULATED_LIBRARY": str(build("address")), "OMP_NUM_THREADS": "1"}
+    wanted = {"DETOPS_EMULATED_LIBRARY": str(build_library("address")), "OMP_NUM_THREADS": "1"}
     fix_addresses()
     environment = {**os.environ, **sanitizer_environment("address", UNWRITTEN), **wanted}
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 EMULATION = Path(__file__).parent / "emulation"
-CORRECT, BUGS, READER = (EMULATION / "selftest" / f"{name}.cu" for name in ("correct", "bugs", "reader"))
+CORRECT, BUGS = (EMULATION / "selftest" / f"{name}.cu" for name in ("correct", "bugs"))
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to build the emulated kernels")
 
@@ -31,9 +31,7 @@ mutate = load("mutate")
 MODES = tuple(build.FLAGS)
 
 
-@cache
-def program(source, mode, flags=()):
-    return build.build_program(source, mode, flags)
+program = cache(build.build_program)
 
 
 def execute(command, **environment):
@@ -82,7 +80,7 @@ FOUND_BY = [
 
 @pytest.mark.parametrize(("bug", "mode", "words"), FOUND_BY)
 def test_planted_fault_is_found(bug, mode, words):
-    result = execute([program(BUGS, mode), bug], DETOPS_EMULATED_SECONDS="0.5" if bug == "endless" else "100")
+    result = execute([program("bugs", mode), bug], DETOPS_EMULATED_SECONDS="0.5" if bug == "endless" else "100")
     assert result.returncode != 0
     assert re.search(words, result.stderr), result.stderr
 
@@ -95,25 +93,25 @@ def test_every_planted_fault_is_looked_for():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_kernels_without_their_faults_pass(mode):
-    result = execute([program(BUGS, mode), "fine"])
+    result = execute([program("bugs", mode), "fine"])
     assert result.returncode == 0 and result.stderr == "", result.stderr
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_correct_kernels_pass(mode, seed):
-    result = execute([program(CORRECT, mode)], DETOPS_EMULATED_SEED=str(seed), DETOPS_EMULATED_POISON=str(seed))
+    result = execute([program("correct", mode)], DETOPS_EMULATED_SEED=str(seed), DETOPS_EMULATED_POISON=str(seed))
     assert result.returncode == 0 and result.stderr == "", result.stderr
     assert set(result.stdout.split()) == set(re.findall(r"__global__ void (\w+)", CORRECT.read_text()))
 
 
 def test_fibers_without_assembly():
-    result = execute([program(CORRECT, "none", ("-DDETOPS_FIBERS_BY_UCONTEXT",))])
+    result = execute([program("correct_ucontext", "none")])
     assert result.returncode == 0, result.stderr
 
 
 def outputs(bug, variable, values):
-    return {execute([program(BUGS, "none"), bug], **{variable: value}).stdout for value in values}
+    return {execute([program("bugs", "none"), bug], **{variable: value}).stdout for value in values}
 
 
 def test_seed_changes_what_a_race_gives():
@@ -126,12 +124,12 @@ def test_poison_changes_what_an_uninitialised_read_gives():
 
 
 def test_copy_to_the_host_lands_when_synchronised():
-    bug, fine = (execute([program(BUGS, "none"), name]).stdout for name in ("late_copy", "fine"))
+    bug, fine = (execute([program("bugs", "none"), name]).stdout for name in ("late_copy", "fine"))
     assert int(bug) == -1 and int(fine) > 0
 
 
 def test_memory_of_torch_has_red_zones():
-    library = build.build_program(READER, "address", suffix=".so")
+    library = program("reader.so", "address")
     preload = " ".join(map(run.compiler_file, run.PRELOADED["address"]))
     script = (
         "import ctypes, sys, torch\n"
@@ -147,6 +145,29 @@ def test_memory_of_torch_has_red_zones():
                 assert result.stdout == f"{float(index)}\n", result.stderr
             else:
                 assert result.returncode != 0 and "heap-buffer-overflow" in result.stderr
+
+
+# ---- The build, and what pytest shows of a process that ends
+
+
+def test_a_header_concerns_what_includes_it():
+    """Of the plain library of the NMS family, which is built first."""
+    build.build_library("none", "nms")
+    assert build.announcement(build.library_name("nms")) == ""
+    folder = build.folder_of("none", build.CSRC)
+    listed = subprocess.run([*build.ninja(), "-t", "deps"], cwd=folder, capture_output=True, text=True).stdout
+    includes = {text.partition(":")[0] for text in listed.split("\n\n") if "csrc/nms/nms.h" in text}
+    assert "nms/nms_cuda.o" in includes
+    assert not includes & {"roi/roi_align_cuda.o", "iou/iou_cuda.o", "machine.o"}
+
+
+def test_last_words_of_a_worker_are_shown(tmp_path):
+    pytest.importorskip("xdist")
+    words = "cuda_on_cpu: kernel some_kernel: deadlock"
+    (tmp_path / "test_end.py").write_text(f"import os\ndef test_end():\n    os.write(2, b'{words}')\n    os.abort()\n")
+    options = ["-n", "1", "-c", build.ROOT / "pyproject.toml", "-p", "no:cacheprovider"]
+    result = execute([sys.executable, "-m", "pytest", *options, tmp_path])
+    assert result.returncode == 1 and words in result.stderr, result.stdout + result.stderr
 
 
 # ---- run.py's list of kernels

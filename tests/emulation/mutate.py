@@ -41,18 +41,15 @@ def with_moved_bounds(text: str, lines: list[int]):
         yield number, moved.strip(), "\n".join(all_lines)
 
 
-def verdict(source: Path, text: str, sanitize: str, tests: str | None) -> str | None:
-    """The first finding of run.py on a copy of csrc with this text, or None if it finds nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        csrc = Path(folder) / "csrc"
-        shutil.copytree(CSRC, csrc)
-        (csrc / source.relative_to(CSRC)).write_text(text)
-        command = [sys.executable, str(Path(__file__).with_name("run.py")), "--first", "--sanitize", sanitize]
-        command += ["--csrc", str(csrc), *(["-k", tests] if tests else [])]
-        if source.parent != CSRC / "common":
-            command.append(source.parent.name)
-        environment = {**os.environ, "DETOPS_EMULATED_SECONDS": "60"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
+def verdict(csrc: Path, name: Path, text: str, sanitize: str, tests: str | None) -> str | None:
+    """The first finding of run.py on a copy of csrc with this text in one file, or None if it finds nothing."""
+    (csrc / name).write_text(text)
+    command = [sys.executable, str(Path(__file__).with_name("run.py")), "--first", "--sanitize", sanitize]
+    command += ["--csrc", str(csrc), *(["-k", tests] if tests else [])]
+    if name.parts[0] != "common":
+        command.append(name.parts[0])
+    environment = {**os.environ, "DETOPS_EMULATED_SECONDS": "60"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace")
     if result.returncode == 0:
         return None
     finding = FINDING.search(result.stderr) or FINDING.search(result.stdout)
@@ -71,14 +68,16 @@ def main() -> int:
     sanitize = "address" if options.bounds else "thread"
     mutations = list(with_moved_bounds(text, options.bounds) if options.bounds else without_barriers(text))
     unnoticed = 0
-    for line, what, mutated in mutations:
-        if options.barriers and line not in options.barriers:
-            continue
-        started = time.monotonic()
-        found = verdict(source, mutated, sanitize, options.tests)
-        unnoticed += found is None
-        where = f"{source.relative_to(ROOT)}:{line}"
-        print(f"{where}  {what}\n    {found or 'NOT NOTICED'}  ({time.monotonic() - started:.0f} s)", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        csrc = shutil.copytree(CSRC, Path(folder) / "csrc")
+        for line, what, mutated in mutations:
+            if options.barriers and line not in options.barriers:
+                continue
+            started = time.monotonic()
+            found = verdict(csrc, source.relative_to(CSRC), mutated, sanitize, options.tests)
+            unnoticed += found is None
+            where = f"{source.relative_to(ROOT)}:{line}"
+            print(f"{where}  {what}\n    {found or 'NOT NOTICED'}  ({time.monotonic() - started:.0f} s)", flush=True)
     print(f"{unnoticed} mutations went unnoticed")
     return 1 if unnoticed else 0
 

@@ -22,17 +22,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from build import CSRC, EMULATION, FLAGS, ROOT, build
+from build import CSRC, EMULATION, FLAGS, ROOT, build_library, families
 
 TESTS = ROOT / "tests"
 HAS_PYTEST = importlib.util.find_spec("pytest") is not None
 NO_TESTS = 5  # pytest's status where -k chose none
 # To be loaded before anything else. AddressSanitizer looks for the C++ runtime's exceptions when it starts.
 PRELOADED = {"address": ("libasan.so", "libstdc++.so.6"), "thread": ("libtsan.so",)}
-
-
-def families(csrc: Path = CSRC) -> list[str]:
-    return sorted({path.parent.name for path in csrc.glob("*/*_cuda.cu")})
 
 
 def test_files(family: str) -> list[str]:
@@ -115,24 +111,24 @@ def tests_command(family: str, options: argparse.Namespace) -> list[str]:
     if not HAS_PYTEST:
         return [sys.executable, str(EMULATION / "smoke.py"), family]
     chosen = [*(["-k", options.pytest_k] if options.pytest_k else []), *(["-x"] if options.first else [])]
-    # Not captured at the level of file descriptors: what a sanitizer writes before it ends the process must be seen.
-    capture = ["--capture=sys", "-p", "no:cacheprovider"]
-    return [sys.executable, "-m", "pytest", "-q", *capture, *chosen, *test_files(family)]
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *chosen, *test_files(family)]
 
 
 def run_family(family: str, library: Path, log: Path, options: argparse.Namespace) -> int:
-    """Runs the tests of a family in a process of its own and prints what they printed; returns their status."""
+    """Runs the tests of a family in a process of its own and returns their status. What several print is kept apart."""
+    kept = None if len(options.families) == 1 else subprocess.PIPE
     result = subprocess.run(
         tests_command(family, options),
         env=environment(library, log, options),
         cwd=TESTS,
         preexec_fn=fix_addresses,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stdout=kept,
+        stderr=kept and subprocess.STDOUT,
         text=True,
         errors="replace",
     )
-    print(f"=== {family}\n{result.stdout}", flush=True)
+    if kept:
+        print(f"=== {family}\n{result.stdout}", flush=True)
     if HAS_PYTEST and options.pytest_k and result.returncode == NO_TESTS:
         return 0
     return result.returncode
@@ -155,18 +151,28 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def build(options: argparse.Namespace) -> dict[str, Path]:
+    """The library for each family: its own where families are named, that of all of them otherwise."""
+    csrc = options.csrc.resolve()
+    if options.families:
+        return {name: build_library(options.sanitize, name, csrc) for name in options.families}
+    return dict.fromkeys(families(), build_library(options.sanitize, None, csrc))
+
+
 def main() -> int:
     options = parse_arguments()
     names = options.families or families()
     started = time.monotonic()
-    library = build(options.sanitize, options.csrc.resolve())
+    libraries = build(options)
     built = time.monotonic()
     if not HAS_PYTEST:
         print("no pytest here: running the examples of the docstrings in place of the tests", flush=True)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(os.cpu_count()) as pool:
         names = sorted(names, key=size_of_sources, reverse=True)  # so that no long one is left for the end
         logs = [Path(folder) / name for name in names]
-        jobs = [pool.submit(run_family, name, library, log, options) for name, log in zip(names, logs, strict=True)]
+        jobs = [
+            pool.submit(run_family, name, libraries[name], log, options) for name, log in zip(names, logs, strict=True)
+        ]
         statuses = [job.result() for job in jobs]
         ran = set().union(*(log.read_text().split() for log in logs if log.exists()))
     status = next((status for status in statuses if status), 0)
