@@ -174,8 +174,11 @@ def test_driver_verdict(cuda, driver, verdict):
 
 def test_use_namespace_switches_and_restores():
     ops = _library.ops
-    with pytest.raises(KeyError), _library.use_namespace("detops_absent"):
-        assert vars(_library.ops) == {}
+    fragment = torch.library.Library("detops_of_one_family", "FRAGMENT")
+    fragment.define("nms(Tensor boxes) -> Tensor")
+    with pytest.raises(KeyError), _library.use_namespace("detops_of_one_family"):
+        assert _library.ops.nms is torch.ops.detops_of_one_family.nms.default
+        assert _library.ops.box_iou is ops.box_iou
         raise KeyError
     assert _library.ops is ops
 
