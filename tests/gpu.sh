@@ -16,7 +16,7 @@ set -uo pipefail
 [ $# -eq 1 ] || { echo "usage: tests/gpu.sh OUTDIR" >&2; exit 2; }
 mkdir -p "$1"
 out="$(cd "$1" && pwd)"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 python="${PYTHON:-python3}"
 
 total=580        # seconds
