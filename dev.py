@@ -44,12 +44,6 @@ def run(*command: str | Path, **variables: str) -> None:
     subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=True)
 
 
-def output(*command: str | Path) -> str:
-    return subprocess.run(
-        [str(part) for part in command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
-
-
 def setup() -> None:
     run(PYTHON, "-m", "pip", "install", "-e", ".[dev]")
     run(PYTHON, "-m", "pre_commit", "install")
@@ -65,8 +59,9 @@ def compile_commands() -> None:
     import build as emulation
 
     emulation.announcement()  # writes the plan
-    plans = [emulation.folder_of("none", emulation.CSRC), *ROOT.glob("build/temp.*")]
-    listed = [json.loads(output(emulation.ninja()[0], "-C", plan, "-t", "compdb", "compile")) for plan in plans]
+    plans = [emulation.folder_of("none", emulation.CSRC) / "build.ninja", *ROOT.glob("build/temp.*/build.ninja")]
+    ninja = (emulation.ninja()[0], "-t", "compdb", "compile")
+    listed = [json.loads(subprocess.check_output(ninja, cwd=plan.parent)) for plan in plans]
     entries = {entry["file"]: entry for entries in listed for entry in entries}
     (ROOT / "compile_commands.json").write_text(json.dumps([*entries.values()], indent=1))
 
@@ -109,7 +104,8 @@ def types() -> None:
 
 def tidy(*files: str) -> None:
     compile_commands()
-    changed = output("git", "diff", "--name-only", "--diff-filter=d", "origin/main", "--", "csrc").split()
+    listing = ("git", "diff", "--name-only", "--diff-filter=d", "origin/main", "--", "csrc")
+    changed = subprocess.check_output(listing, cwd=ROOT, text=True).split()
     if chosen := files or [name for name in changed if name.endswith(CPP)]:
         run("clang-tidy", "--quiet", *chosen)
 
