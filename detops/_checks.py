@@ -92,7 +92,7 @@ def number(op: str, argument: str, value: Any) -> float:
     kind = type(value)
     if kind is float or kind is int and _LEAST <= value <= _MOST or _stands_for_a_number(value):
         return value
-    if isinstance(value, Integral) and _LEAST <= value <= _MOST:
+    if isinstance(value, Integral) and _LEAST <= int(value) <= _MOST:
         return int(value)
     try:
         if not isinstance(value, str | bytes | bytearray):

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree
 
 Result = TypeVar("Result")  # so that type checkers see through `register_result`
 
@@ -36,7 +37,7 @@ def _load() -> ctypes.CDLL:
         torch.ops.load_library(_PATH)
         return ctypes.CDLL(str(_PATH))
     except OSError as error:
-        if torch.__version__ < (2, 10):
+        if torch.__version__ < (2, 10):  # pyright: ignore[reportOperatorIssue]
             advice = f"detops needs torch>=2.10, and this is torch {torch.__version__}: upgrade torch"
         else:
             advice = f"it does not fit this machine or torch {torch.__version__}: {_REBUILD}"
@@ -102,7 +103,7 @@ def _check_one_device(name: str, arguments: tuple) -> None:
 def register_result(result: type[Result]) -> type[Result]:
     """Decorates a NamedTuple: programs of torch.export that return it can be saved, and torch.load reads it."""
     serialized = f"{result.__module__}.{result.__name__}"
-    torch.utils._pytree._register_namedtuple(result, serialized_type_name=serialized)
+    _pytree._register_namedtuple(result, serialized_type_name=serialized)
     torch.serialization.add_safe_globals([result])
     return result
 
@@ -138,7 +139,8 @@ def refuse_vmap(op: str, *tensors: torch.Tensor) -> None:
     """Raises under torch.func.vmap, of which torch's own error would name an inner function."""
     if torch.compiler.is_compiling():
         return
-    if any(isinstance(each, torch.Tensor) and torch._C._functorch.is_batchedtensor(each) for each in tensors):
+    is_batched = torch._C._functorch.is_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    if any(isinstance(each, torch.Tensor) and is_batched(each) for each in tensors):
         raise RuntimeError(f"{op}: its arguments must not be under vmap")
 
 

@@ -617,7 +617,7 @@ def _grids_of(op: str, feature_maps: Sequence[Tensor]) -> list[tuple[int, int]]:
     for each in feature_maps:
         if each.ndim < 2:
             raise RuntimeError(f"{op}: feature_maps must have shape [B, C, h, w], got {list(each.shape)}")
-    return [tuple(each.shape[-2:]) for each in feature_maps]
+    return [(each.shape[-2], each.shape[-1]) for each in feature_maps]
 
 
 def _device_of(device: torch.device | str) -> torch.device:
@@ -639,10 +639,10 @@ def _check_floating(op: str, dtype: torch.dtype) -> None:
 
 def _cell_anchors(scales: Sequence[float], ratios: Sequence[float]) -> Tensor:
     """[ratios * scales, 4] around 0, as torchvision rounds them."""
-    scales, ratios = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (scales, ratios))
-    heights = ratios.sqrt()
-    widths = (1 / heights)[:, None] * scales
-    heights = heights[:, None] * scales
+    sizes, heights = (torch.tensor(each, dtype=torch.float32, device="cpu") for each in (scales, ratios))
+    heights = heights.sqrt()
+    widths = (1 / heights)[:, None] * sizes
+    heights = heights[:, None] * sizes
     corners = torch.stack((-widths, -heights, widths, heights), dim=-1).view(-1, 4)
     return (corners / 2).round()
 

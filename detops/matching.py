@@ -12,7 +12,7 @@ All functions share these rules, on every device:
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -319,7 +319,7 @@ def sample_matches(
     if not 0 <= positive_fraction <= 1:
         raise ValueError(f"{op}: positive_fraction must be from 0 to 1, got {positive_fraction}")
     # Without a generator by another overload: with one, torch.export knows no sizes that vary.
-    given = {} if generator is None else {"generator": generator}
+    given: dict[str, Any] = {} if generator is None else {"generator": generator}
     keys = torch.randint(-(2**31), 2**31, indices.shape, dtype=torch.int32, device=indices.device, **given)
     most_positives = int(batch_size_per_image * positive_fraction)
     return Samples(*_library.ops.sample_matches(indices, keys, batch_size_per_image, most_positives))
@@ -338,8 +338,8 @@ def _thresholds(op: str, high_threshold: float, low_threshold: float) -> tuple[f
     return high_threshold, low_threshold
 
 
-def _share_dtype(op: str, **arguments: Tensor | None) -> list[Tensor | None]:
-    """All in the dtype of the IoUs."""
+def _share_dtype(op: str, **arguments: Tensor | None) -> list[Any]:
+    """All in the dtype of the IoUs, None where an argument is None."""
     for name, each in arguments.items():
         if each is not None:
             _library.refuse_complex(op, name, each)

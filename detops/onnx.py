@@ -36,8 +36,8 @@ def translation_table() -> dict[Callable, Callable]:
     Source:
         The operators of ONNX, https://onnx.ai/onnx/operators/.
     """
-    from onnxscript import FLOAT, INT64
-    from onnxscript import opset18 as op
+    from onnxscript import FLOAT, INT64  # pyright: ignore[reportMissingImports]
+    from onnxscript import opset18 as op  # pyright: ignore[reportMissingImports]
 
     def nms(boxes, scores, iou_threshold: float):
         # The IoU is the same with x for y, so the order of the coordinates does not matter.

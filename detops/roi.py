@@ -258,7 +258,7 @@ def _whole_numbers(output_size) -> tuple:
     if isinstance(output_size, tuple | list) and all(isinstance(size, int | torch.SymInt) for size in output_size):
         return tuple(output_size)
     try:
-        size = operator.index(output_size)
+        size = operator.index(output_size)  # pyright: ignore[reportArgumentType]: it may be of any kind
         return size, size
     except TypeError:
         pass

@@ -1,7 +1,7 @@
 """Targets on a grid of cells, the textbook form of YOLOv1 and v2, and their loss. Users import from `detops.yolo`."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,7 +75,8 @@ def assign_yolo_grid(
     check_tensors(op, gt_boxes=gt_boxes, gt_labels=gt_labels, gt_valid=gt_valid)
     check_optional_tensors(op, anchors=anchors)
     is_pair = isinstance(grid_size, list | tuple) or getattr(grid_size, "ndim", 0) > 0
-    rows, columns = height_and_width(op, "grid_size", grid_size if is_pair else (grid_size, grid_size))
+    sides: Any = grid_size if is_pair else (grid_size, grid_size)
+    rows, columns = height_and_width(op, "grid_size", sides)
     height, width = height_and_width(op, "image_size", image_size)
     num_classes = integer(op, "num_classes", num_classes)
     if rows < 1 or columns < 1:

@@ -166,7 +166,7 @@ def yolov5_target_lists(
     valid = known.all(dim=1)
     # The op sees to it in any case, by the label: worded here where a value can be looked at.
     if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not valid.all():
-        row = valid.int().argmin().item()
+        row = int(valid.int().argmin())
         got = f"{numbers[row].tolist()} in row {row}"
         raise RuntimeError(f"{op}: targets must have an image and a class from 0 to 2147483647, got {got}")
     images, labels = torch.where(valid[:, None], numbers, -1).long().unbind(1)

@@ -9,6 +9,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
 # What redirected functions call, by key, and what that is made of: the replacement and the original.
 targets: dict[str, Callable] = {}
@@ -38,12 +39,12 @@ class Redirection:
     """
 
     def __init__(self, module: ModuleType, path: str, replacement: Callable) -> None:
-        function = module
+        function: Any = module
         for name in path.split("."):
             function = vars(function).get(name)
         self._key = f"{module.__name__}.{path}"
-        own = isinstance(function, FunctionType) and function.__module__ == module.__name__
-        if not own or function.__code__.co_freevars or hasattr(function, "__wrapped__"):
+        known = isinstance(function, FunctionType) and function.__module__ == module.__name__
+        if not known or function.__code__.co_freevars or hasattr(function, "__wrapped__"):
             raise RuntimeError(
                 f"detops.compat: {self._key} must be the function of its library, got {function!r}: "
                 "something else has replaced or wrapped it"
@@ -63,10 +64,10 @@ class Redirection:
         function = self._function
         original = FunctionType(self._code, function.__globals__, function.__name__, function.__defaults__)
         functools.update_wrapper(original, function)
-        del original.__wrapped__
+        del vars(original)["__wrapped__"]
         _parts[self._key] = self._replacement, original
         targets[self._key] = functools.partial(self._replacement, original)
-        function.__wrapped__ = original  # where TorchScript finds the source
+        vars(function)["__wrapped__"] = original  # where TorchScript finds the source
         function.__code__ = _code_calling(self._key, self._code.co_name, *_parameters(self._code))
 
     def stop(self) -> None:
