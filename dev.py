@@ -8,7 +8,7 @@
     python dev.py bench [FAMILY..]          benchmarks/run.py
     python dev.py lint                      what .pre-commit-config.yaml lists, on all tracked files
     python dev.py format                    formats Python and C++
-    python dev.py types                     pyright
+    python dev.py types                     pyright on detops, whose public names must have types
     python dev.py tidy [FILE..]             clang-tidy; by default on the C++ that differs from origin/main
     python dev.py sdist [OUTDIR]            the source distribution; needs no torch
     python dev.py wheel [OUTDIR]            the wheel for everybody: any Python, torch from 2.10 on, glibc from 2.28 on,
@@ -99,7 +99,9 @@ def format() -> None:
 
 
 def types() -> None:
-    run(PYTHON, "-m", "pyright")
+    pyright = (PYTHON, "-m", "pyright", "--pythonpath", PYTHON)
+    run(*pyright)
+    run(*pyright, "--verifytypes", "detops", "--ignoreexternal", PYTHONPATH=str(ROOT))
 
 
 def tidy(*files: str) -> None:

@@ -3,13 +3,14 @@
 import argparse
 import json
 import signal
+from typing import Any
 
 import torch
 
 from . import _library
 
 
-def driver_verdict(info: dict) -> str:
+def driver_verdict(info: dict[str, Any]) -> str:
     """Whether the NVIDIA driver runs the kernels: its CUDA version must reach the toolkit's major version."""
     if info["cuda"] is None:
         return "not needed: built without CUDA kernels"
@@ -24,7 +25,7 @@ def driver_verdict(info: dict) -> str:
     return f"fine: it is for CUDA {driver}"
 
 
-def devices_of(op: str, info: dict) -> str:
+def devices_of(op: str, info: dict[str, Any]) -> str:
     devices = []
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"detops::{op}", "CPU"):
         devices.append("cpu")
@@ -34,7 +35,7 @@ def devices_of(op: str, info: dict) -> str:
     return ", ".join(devices)
 
 
-def report() -> dict:
+def report() -> dict[str, Any]:
     """What is printed, by its heading; under "ops" the devices of each op."""
     info = _library.build_info()
     return {

@@ -8,7 +8,7 @@ made anew for the next caller.)
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -109,8 +109,14 @@ class AnchorGenerator(nn.Module):
     the quotients of sizes see `grid_anchors`.
     """
 
-    def __init__(self, sizes=((128, 256, 512),), aspect_ratios=((0.5, 1.0, 2.0),)) -> None:
+    def __init__(
+        self,
+        sizes: Sequence[float] | Sequence[Sequence[float]] = ((128, 256, 512),),
+        aspect_ratios: Sequence[float] | Sequence[Sequence[float]] = ((0.5, 1.0, 2.0),),
+    ) -> None:
         super().__init__()
+        self.sizes: tuple[tuple[float, ...], ...]
+        self.aspect_ratios: tuple[tuple[float, ...], ...]
         self.sizes, self.aspect_ratios = _sizes_and_ratios("AnchorGenerator", sizes, aspect_ratios)
 
     def num_anchors_per_location(self) -> list[int]:
@@ -120,7 +126,7 @@ class AnchorGenerator(nn.Module):
     def extra_repr(self) -> str:
         return f"sizes={self.sizes}, aspect_ratios={self.aspect_ratios}"
 
-    def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, image_list: Any, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         height, width = _image_size("AnchorGenerator", image_list)
         grids = _grids_of("AnchorGenerator", feature_maps)
         if not all(h and w for h, w in grids):
@@ -134,8 +140,8 @@ class AnchorGenerator(nn.Module):
 def grid_anchors(
     feature_sizes: Sequence[tuple[int, int]],
     strides: Sequence[int | tuple[int, int]],
-    sizes: Sequence,
-    aspect_ratios: Sequence = (0.5, 1.0, 2.0),
+    sizes: Sequence[float] | Sequence[Sequence[float]],
+    aspect_ratios: Sequence[float] | Sequence[Sequence[float]] = (0.5, 1.0, 2.0),
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -249,10 +255,10 @@ class DefaultBoxGenerator(nn.Module):
                 scales = [*(min_ratio + span * k / (count - 1.0) for k in range(count)), 1.0]
         if len(scales) < count + 1:
             raise ValueError(f"{op}: scales must be {count + 1} numbers, got {len(scales)}")
-        self.aspect_ratios = tuple(tuple(map(float, ratios)) for ratios in aspect_ratios)
-        self.scales = tuple(map(float, scales))
-        self.steps = None if steps is None else tuple(map(float, steps))
-        self.clip = bool(clip)
+        self.aspect_ratios: tuple[tuple[float, ...], ...] = tuple(tuple(map(float, each)) for each in aspect_ratios)
+        self.scales: tuple[float, ...] = tuple(map(float, scales))
+        self.steps: tuple[float, ...] | None = None if steps is None else tuple(map(float, steps))
+        self.clip: bool = bool(clip)
         options = {"aspect_ratios": sum(self.aspect_ratios, ()), "scales": self.scales, "steps": self.steps or ()}
         for argument, values in options.items():
             if not _all_positive(values):
@@ -265,7 +271,7 @@ class DefaultBoxGenerator(nn.Module):
     def extra_repr(self) -> str:
         return f"aspect_ratios={self.aspect_ratios}, clip={self.clip}, scales={self.scales}, steps={self.steps}"
 
-    def forward(self, image_list, feature_maps: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, image_list: Any, feature_maps: Sequence[Tensor]) -> list[Tensor]:
         image = _image_size("DefaultBoxGenerator", image_list)
         grids = tuple(_grids_of("DefaultBoxGenerator", feature_maps))
         first = feature_maps[0]

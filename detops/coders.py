@@ -113,8 +113,8 @@ class BoxCoder:
     """
 
     def __init__(self, weights: Sequence[float], bbox_xform_clip: float = _CLIP) -> None:
-        self.weights = _checked_weights("BoxCoder", weights)
-        self.bbox_xform_clip = _checks.number("BoxCoder", "bbox_xform_clip", bbox_xform_clip)
+        self.weights: tuple[float, ...] = _checked_weights("BoxCoder", weights)
+        self.bbox_xform_clip: float = _checks.number("BoxCoder", "bbox_xform_clip", bbox_xform_clip)
 
     def encode(self, reference_boxes: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """For each image the deltas [n, 4] of its boxes [n, 4] from its proposals [n, 4]."""

@@ -158,8 +158,10 @@ class Matcher:
     BETWEEN_THRESHOLDS = -2
 
     def __init__(self, high_threshold: float, low_threshold: float, allow_low_quality_matches: bool = False) -> None:
+        self.high_threshold: float
+        self.low_threshold: float
         self.high_threshold, self.low_threshold = _thresholds("Matcher", high_threshold, low_threshold)
-        self.allow_low_quality_matches = bool(allow_low_quality_matches)
+        self.allow_low_quality_matches: bool = bool(allow_low_quality_matches)
 
     def __call__(self, match_quality_matrix: Tensor) -> Tensor:
         if not isinstance(match_quality_matrix, Tensor):

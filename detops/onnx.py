@@ -7,11 +7,12 @@ torch.onnx names them in its error. Needs the package onnxscript.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 
-def translation_table() -> dict[Callable, Callable]:
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """What torch.onnx.export takes as `custom_translation_table`.
 
     ONNX computes both ops in float32: other dtypes are converted to it, and the result of `roi_align` back. What a

@@ -209,7 +209,14 @@ def multi_scale_roi_align(
 
 
 def pool_levels(
-    features, boxes, output_size, spatial_scales, sampling_ratio, aligned, canonical_scale, canonical_level
+    features: list[Tensor],
+    boxes: Tensor | list[Tensor],
+    output_size: int | tuple[int, int],
+    spatial_scales: list[float],
+    sampling_ratio: int,
+    aligned: bool,
+    canonical_scale: float,
+    canonical_level: int,
 ) -> Tensor:
     """`multi_scale_roi_align` of maps of which the i-th is that of the i-th level, whatever its scale.
 

@@ -33,11 +33,13 @@ class RoIAlign(_RoIModule):
         torch.Size([1, 256, 7, 7])
     """
 
-    options = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
+    options: tuple[str, ...] = ("output_size", "spatial_scale", "sampling_ratio", "aligned")
 
-    def __init__(self, output_size, spatial_scale: float, sampling_ratio: int, aligned: bool = False) -> None:
+    def __init__(
+        self, output_size: int | tuple[int, int], spatial_scale: float, sampling_ratio: int, aligned: bool = False
+    ) -> None:
         super().__init__()
-        self.output_size = output_size
+        self.output_size: int | tuple[int, int] = output_size
         self.spatial_scale = spatial_scale
         self.sampling_ratio = sampling_ratio
         self.aligned = aligned
@@ -51,11 +53,11 @@ class RoIPool(_RoIModule):
     [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C, bins, bins].
     """
 
-    options = ("output_size", "spatial_scale")
+    options: tuple[str, ...] = ("output_size", "spatial_scale")
 
-    def __init__(self, output_size, spatial_scale: float) -> None:
+    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float) -> None:
         super().__init__()
-        self.output_size = output_size
+        self.output_size: int | tuple[int, int] = output_size
         self.spatial_scale = spatial_scale
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
@@ -67,11 +69,11 @@ class PSRoIAlign(_RoIModule):
     [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C / bins^2, bins, bins].
     """
 
-    options = ("output_size", "spatial_scale", "sampling_ratio")
+    options: tuple[str, ...] = ("output_size", "spatial_scale", "sampling_ratio")
 
-    def __init__(self, output_size, spatial_scale: float, sampling_ratio: int) -> None:
+    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float, sampling_ratio: int) -> None:
         super().__init__()
-        self.output_size = output_size
+        self.output_size: int | tuple[int, int] = output_size
         self.spatial_scale = spatial_scale
         self.sampling_ratio = sampling_ratio
 
@@ -84,11 +86,11 @@ class PSRoIPool(_RoIModule):
     [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C / bins^2, bins, bins].
     """
 
-    options = ("output_size", "spatial_scale")
+    options: tuple[str, ...] = ("output_size", "spatial_scale")
 
-    def __init__(self, output_size, spatial_scale: float) -> None:
+    def __init__(self, output_size: int | tuple[int, int], spatial_scale: float) -> None:
         super().__init__()
-        self.output_size = output_size
+        self.output_size: int | tuple[int, int] = output_size
         self.spatial_scale = spatial_scale
 
     def forward(self, input: Tensor, rois: Tensor | list[Tensor]) -> Tensor:
@@ -126,12 +128,12 @@ class MultiScaleRoIAlign(_RoIModule):
     32 x 128 pixels for one four times as large, and which keeps the scales of its first call.
     """
 
-    options = ("featmap_names", "output_size", "sampling_ratio")
+    options: tuple[str, ...] = ("featmap_names", "output_size", "sampling_ratio")
 
     def __init__(
         self,
         featmap_names: list[str],
-        output_size,
+        output_size: int | tuple[int, int],
         sampling_ratio: int,
         *,
         canonical_scale: float = 224,
@@ -139,7 +141,7 @@ class MultiScaleRoIAlign(_RoIModule):
     ) -> None:
         super().__init__()
         self.featmap_names = featmap_names
-        self.output_size = _pair("MultiScaleRoIAlign", output_size)
+        self.output_size: tuple[int, int] = _pair("MultiScaleRoIAlign", output_size)
         self.sampling_ratio = sampling_ratio
         self.canonical_scale = canonical_scale
         self.canonical_level = canonical_level

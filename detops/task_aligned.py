@@ -204,17 +204,21 @@ class TaskAlignedAssigner(torch.nn.Module):
     ):
         super().__init__()
         name = "TaskAlignedAssigner"
-        self.stride = [8, 16, 32] if stride is None else stride
+        self.stride: Sequence[float] = [8, 16, 32] if stride is None else stride
         strides = numbers(name, "stride", self.stride)
         if not strides:
             raise ValueError(f"{name}: stride must have at least one level, got none")
         self.min_size = min_size
         size = strides[min(1, len(strides) - 1)] if min_size is None else min_size
+        self.topk: int
+        self.alpha: float
+        self.beta: float
         self.topk, self.alpha, self.beta, self._size = _options(name, topk, alpha, beta, size)
-        self.topk2 = self.topk if topk2 is None else integer(name, "topk2", topk2)
+        self.topk2: int = self.topk if topk2 is None else integer(name, "topk2", topk2)
         if self.topk2 < 1:
             raise ValueError(f"{name}: topk2 must be at least 1, got {topk2}")
-        self.num_classes, self.eps = integer(name, "num_classes", num_classes), number(name, "eps", eps)
+        self.num_classes: int = integer(name, "num_classes", num_classes)
+        self.eps: float = number(name, "eps", eps)
         if not 0 <= self.num_classes < 2**31:
             raise ValueError(f"{name}: num_classes must be from 0 to 2147483647, got {num_classes}")
 

@@ -3,8 +3,8 @@
 A host is a module of this package that ends with these lines, and whose docstring says what it changes:
 
     _switch = Switch(__name__, _redirections)
-    install = _switch.install
-    uninstall = _switch.uninstall
+    install: Callable[[], None] = _switch.install
+    uninstall: Callable[[], None] = _switch.uninstall
     make_callable(__name__)
 """
 

@@ -40,6 +40,7 @@ Raises:
 """
 
 import importlib
+from collections.abc import Callable
 
 from ._host import Switch, make_callable
 from ._redirect import Redirection
@@ -61,6 +62,6 @@ def _redirections() -> list[Redirection]:
 
 
 _switch = Switch(__name__, _redirections)
-install = _switch.install
-uninstall = _switch.uninstall
+install: Callable[[], None] = _switch.install
+uninstall: Callable[[], None] = _switch.uninstall
 make_callable(__name__)
