@@ -8,6 +8,9 @@ Environment variables steer it:
                         package ziglang), which knows the symbols of each glibc, and the wheel is named after it.
   DETOPS_CHECKED        "1": an access beyond a counted view (csrc/common/counted.h) or a vector ends the process.
                         "address": AddressSanitizer and UndefinedBehaviorSanitizer too; tests/checked.py runs that.
+  DETOPS_DEBUG          "1": no optimisation, and symbols for a debugger, cuda-gdb too.
+
+torch's ninja goes through ccache from torch 2.13 on, where there is one.
 """
 
 import os
@@ -21,7 +24,7 @@ from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from torch.utils import cpp_extension
 
-from cuda_toolkit import Toolkit, find_toolkit
+from cuda_toolkit import Toolkit, check_compiler, find_toolkit
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,6 +38,9 @@ STANDARD = "-std=c++17"
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
 
 OLDEST_GLIBC = os.environ.get("DETOPS_MANYLINUX")
+DEBUG = os.environ.get("DETOPS_DEBUG", "0") == "1"
+# Of one core for a source file, about; of a CUDA source for each architecture.
+SECONDS = {".cpp": 6, ".cu": 8}
 
 
 def choose_cuda() -> tuple[Toolkit | None, str]:
@@ -71,6 +77,7 @@ def gcc_file(name: str) -> str:
 
 
 def extension(toolkit: Toolkit | None) -> Extension:
+    check_compiler()
     sources = files("*.cpp")
     # As system headers, torch's give no warnings.
     torch_headers = [flag for folder in cpp_extension.include_paths() for flag in ("-isystem", folder)]
@@ -91,6 +98,9 @@ def extension(toolkit: Toolkit | None) -> Extension:
     if checked == "address":
         host_flags += ["-O1", "-g1", "-fno-omit-frame-pointer", *SANITIZERS]
         options.setdefault("extra_link_args", []).extend(SANITIZERS)
+    if DEBUG:
+        host_flags += ["-O0", "-g"]
+        nvcc_flags += ["-O0", "-g", "-G"]
     if toolkit:
         sources += files("*_cuda.cu")
         options["include_dirs"].append(toolkit.include_dir)
@@ -129,11 +139,21 @@ class BuildKernels(cpp_extension.BuildExtension):
             self.define_text("DETOPS_CUDA_ARCHITECTURES", architectures)
             built = f"with CUDA {self.toolkit.version} kernels for {architectures}"
         else:
+            architectures = ""
             built = f"without CUDA kernels ({self.without_cuda})"
         version = self.distribution.get_version()
         self.define_text("DETOPS_VERSION", version)
+        what = f"detops {version} against torch {torch.__version__} {built}"
+        print(f"building {what}{', unoptimised' if DEBUG else ''}; {self.estimate(architectures)}", flush=True)
         super().build_extensions()
-        print(f"detops {version} was built against torch {torch.__version__} {built}", flush=True)
+        print(f"built {what}", flush=True)
+
+    def estimate(self, architectures: str) -> str:
+        sources = [Path(source) for each in self.extensions for source in each.sources]
+        repeated = {".cpp": 1, ".cu": len(architectures.split(";"))}
+        cores = len(os.sched_getaffinity(0))
+        minutes = sum(SECONDS[path.suffix] * repeated[path.suffix] for path in sources) / cores / 60
+        return f"{len(sources)} files on {cores} cores take about {max(1, round(minutes))} min where none is up to date"
 
     def define_text(self, name: str, text: str):
         for each in self.extensions:

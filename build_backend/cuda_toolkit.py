@@ -1,7 +1,8 @@
-"""Finds a CUDA compiler. Used by setup.py and by the build backend; needs only the standard library."""
+"""Finds the compilers. Used by setup.py and by the build backend; needs only the standard library."""
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,13 @@ class Toolkit:
     architectures: tuple[str, ...]  # what its nvcc compiles for: "7.5", "8.0", ...
     include_dir: str
     library_dir: str
+
+
+def check_compiler() -> None:
+    """Ends the build where there is no C++ compiler, before anything is fetched or tried."""
+    command, *_ = shlex.split(os.environ.get("CXX", "c++"))
+    if shutil.which(command) is None:
+        raise SystemExit(f"detops: building needs a C++ compiler, and {command} was not found: install g++, or set CXX")
 
 
 def find_toolkit() -> Toolkit | None:

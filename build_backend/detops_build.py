@@ -16,13 +16,14 @@ from setuptools.build_meta import (  # noqa: F401
     prepare_metadata_for_build_wheel,
 )
 
-from cuda_toolkit import find_toolkit
+from cuda_toolkit import check_compiler, find_toolkit
 from find_torch import OLDEST_TORCH, search
 
 DEFAULT_CUDA = "13.0"  # the first whose compiler NVIDIA publishes as wheels; runs on every driver of CUDA 13
 
 
 def get_requires_for_build_wheel(config_settings=None) -> list[str]:
+    check_compiler()
     requirements = []
     if FOUND.torch is None:
         oldest = ".".join(map(str, OLDEST_TORCH))

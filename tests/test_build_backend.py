@@ -11,6 +11,8 @@ import pytest
 
 BACKEND = Path(__file__).resolve().parents[1] / "build_backend"
 HOOKS = "build_editable build_sdist build_wheel prepare_metadata_for_build_editable prepare_metadata_for_build_wheel"
+ANY_COMPILER = sys.executable  # a program that is there
+CHECK = "import cuda_toolkit; cuda_toolkit.check_compiler()"
 SEARCH = """
 import find_torch, json
 found = find_torch.search()
@@ -98,7 +100,7 @@ def test_the_python_that_uv_is_told(tmp_path, target, words, monkeypatch):
 def test_no_torch_is_asked_for_where_one_may_be(tmp_path, isolated, other):
     old = environment(tmp_path / "old", torch="2.9.1")
     code = "import detops_build; detops_build.get_requires_for_build_wheel()"
-    done = run(other, isolated, code, tmp_path, VIRTUAL_ENV=str(old.parents[1]))
+    done = run(other, isolated, code, tmp_path, VIRTUAL_ENV=str(old.parents[1]), CXX=ANY_COMPILER)
     assert done.returncode == 1
     assert done.stderr.startswith("detops: torch 2.10 or later for Python 3.")
     assert "--no-build-isolation" in done.stderr and str(old) in done.stderr and str(other) in done.stderr
@@ -108,7 +110,7 @@ def test_no_torch_is_asked_for_where_one_may_be(tmp_path, isolated, other):
 def test_pip_says_where_it_installs(tmp_path, target, other):
     """With setuptools in a folder beside the target's own packages, and torch in another environment."""
     make_setuptools(tmp_path / "beside")
-    options = {"PYTHONPATH": str(tmp_path / "beside"), "VIRTUAL_ENV": str(target.parents[1])}
+    options = {"PYTHONPATH": str(tmp_path / "beside"), "VIRTUAL_ENV": str(target.parents[1]), "CXX": ANY_COMPILER}
     code = "import detops_build; print(detops_build.get_requires_for_build_wheel())"
     assert run(other, other, code, tmp_path, **options).stdout == "['torch>=2.10']\n"
     assert run(target, target, code, tmp_path, **options).stdout == "[]\n"
@@ -118,3 +120,12 @@ def test_the_found_torch_comes_behind_what_the_build_has(tmp_path, isolated, tar
     code = "import detops_build, sys, torch; print(list(torch.__path__)[0], sys.modules['setuptools'].__file__)"
     torch, setuptools = run(target, isolated, code, tmp_path).stdout.split()
     assert torch.startswith(str(target.parents[1])) and setuptools.startswith(str(isolated.parents[1]))
+
+
+def test_without_a_compiler_one_line_says_so(tmp_path):
+    bare = {**os.environ, "PATH": str(tmp_path), "CXX": "no-such-compiler -O2"}
+    done = subprocess.run([sys.executable, "-c", CHECK], cwd=BACKEND, env=bare, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "detops: building needs a C++ compiler, and no-such-compiler was not found: install g++, or set CXX\n"
+    )

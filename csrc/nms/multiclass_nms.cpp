@@ -227,7 +227,7 @@ Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_
   if (max_detections < 0 || max_detections > kMostRows) {
     fail(op, "max_detections must be 0 to " + std::to_string(kMostRows) + ", got " + std::to_string(max_detections));
   }
-  if (max_candidates.value_or(0) < 0) {
+  if (max_candidates && *max_candidates < 0) {
     fail(op, "max_candidates must be None or at least 0, got " + std::to_string(*max_candidates));
   }
   if (rows > 0 && classes > kMostRows / rows) {  // their product may be too large for an int64

@@ -41,6 +41,7 @@ DETOPS_CLONES void average_bin(const S* map, const MapStrides& strides, int64_t 
     case 3: return take(std::integral_constant<int, 3>{});
     case 2: return take(std::integral_constant<int, 2>{});
     case 1: return take(std::integral_constant<int, 1>{});
+    default: return;
   }
 }
 
