@@ -21,6 +21,7 @@ kernels out, TORCH_CUDA_ARCH_LIST chooses among their architectures. OUTDIR is d
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -40,7 +41,7 @@ sys.path.insert(0, str(ROOT / "tests" / "emulation"))
 def run(*command: str | Path, **variables: str) -> None:
     # Tools of this environment are found also where it is not activated, as ninja by torch.
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
-    environment = {**variables, **os.environ, "PATH": path}
+    environment = {**os.environ, **variables, "PATH": path}
     subprocess.run([str(part) for part in command], cwd=ROOT, env=environment, check=True)
 
 
@@ -123,12 +124,13 @@ def sdist(folder: str = "dist") -> None:
 def wheel(folder: str = "dist") -> None:
     with tempfile.TemporaryDirectory() as built, tempfile.TemporaryDirectory() as repaired:
         pip = (PYTHON, "-m", "pip", "wheel", "--no-deps", "--wheel-dir", built)
-        run(*pip, ".", DETOPS_CUDA="1", DETOPS_MANYLINUX=OLDEST_GLIBC)
+        plain = {"DETOPS_CHECKED": "0", "DETOPS_DEBUG": "0", "DETOPS_MANYLINUX": OLDEST_GLIBC}
+        run(*pip, ".", DETOPS_CUDA=os.environ.get("DETOPS_CUDA", "1"), **plain)
         (path,) = Path(built).glob("*.whl")
         check(path, Path(repaired))
         target = ROOT / folder
         target.mkdir(parents=True, exist_ok=True)
-        print(path.rename(target / path.name))
+        print(shutil.move(path, target / path.name))
 
 
 def check(path: Path, repaired: Path) -> None:

@@ -2,7 +2,7 @@
 
 Environment variables steer it:
   DETOPS_CUDA           "auto" (the default) builds the CUDA kernels if torch is a CUDA build and nvcc is found,
-                        "1" builds them beside any torch, "0" never.
+                        "1" builds them with any torch, "0" never.
   TORCH_CUDA_ARCH_LIST  the GPU architectures, such as "8.0;9.0+PTX". By default that of the visible GPU, or else all.
   DETOPS_MANYLINUX      the oldest glibc that the library is to run with, such as "2.28": the linker is then zig's (the
                         package ziglang), which knows the symbols of each glibc, and the wheel is named after it.

@@ -5,6 +5,7 @@ environment for the backend: which one they install into is seen only in the pro
 """
 
 import importlib.util
+import itertools
 import json
 import os
 import runpy
@@ -63,7 +64,7 @@ def search() -> Search:
 
 
 def _made_for_the_build() -> bool:
-    """Whether setuptools was installed into this environment; pip puts it into a folder beside."""
+    """Whether setuptools was installed into this environment; pip puts it into a folder of its own."""
     setuptools = importlib.util.find_spec("setuptools")
     return setuptools is not None and Path(setuptools.origin).is_relative_to(sys.prefix)
 
@@ -82,7 +83,7 @@ def pythons_of(process: Process) -> Iterator[str]:
 
 def _told(process: Process) -> Iterator[str]:
     arguments = process.command[1:]
-    for argument, following in zip(arguments, (*arguments[1:], ""), strict=True):
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue=""):
         option, sign, value = argument.partition("=")
         if option in ("--python", "-p"):
             yield value if sign else following

@@ -1,4 +1,4 @@
-// What the oldest C library that a wheel runs with (manylinux) has not.
+// Symbols that the oldest glibc a wheel supports does not have.
 
 // libstdc++'s headers ask this variable of glibc 2.32 whether references may be counted without atomic operations. Ours
 // says no, and the library asks for no newer glibc.

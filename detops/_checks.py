@@ -39,6 +39,24 @@ def check_optional_tensors(op: str, **arguments: Any) -> None:
             raise RuntimeError(f"{op}: {name} must be a tensor or None, got {kind_of(each)}")
 
 
+def check_floating(op: str, **tensors: Tensor) -> None:
+    """Raises where one has no floating dtype that the ops take: torch has others, of 8 bits and less."""
+    for name, each in tensors.items():
+        if each.dtype not in FLOATING:
+            raise RuntimeError(
+                f"{op}: {name} must be float16, bfloat16, float32 or float64, "
+                f"got {str(each.dtype).removeprefix('torch.')}"
+            )
+
+
+def check_same_device(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
+    """Raises where two tensors lie apart."""
+    if first.device != second.device:
+        raise RuntimeError(
+            f"{op}: {second_name} must be on the device of {first_name} ({first.device}), got {second.device}"
+        )
+
+
 def check_real(op: str, **tensors: Tensor) -> None:
     """Raises where one has a dtype that would be converted without sense."""
     for name, each in tensors.items():
@@ -47,6 +65,17 @@ def check_real(op: str, **tensors: Tensor) -> None:
                 f"{op}: {name} must be float16, bfloat16, float32, float64 or integer, "
                 f"got {str(each.dtype).removeprefix('torch.')}"
             )
+
+
+def promoted(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> torch.dtype:
+    """The dtype that holds the values of both. torch has none for unsigned integers of 16 bits or more and others."""
+    try:
+        return torch.promote_types(first.dtype, second.dtype)
+    except RuntimeError:
+        one, other = (str(each.dtype).removeprefix("torch.") for each in (first, second))
+        raise RuntimeError(
+            f"{op}: {second_name} must have a dtype that torch promotes with that of {first_name}, {one}, got {other}"
+        ) from None
 
 
 def check_tensor_list(op: str, argument: str, tensors: Any) -> None:
@@ -58,6 +87,14 @@ def check_tensor_list(op: str, argument: str, tensors: Any) -> None:
     for place, each in enumerate(tensors):
         if not isinstance(each, Tensor) and not _stands_for_a_value(each):
             raise RuntimeError(f"{op}: {argument}[{place}] must be a tensor, got {kind_of(each)}")
+
+
+def check_rows(op: str, argument: str, tensors: Any) -> None:
+    """Raises where it is neither a list or tuple of tensors nor one tensor, which stands for its rows."""
+    if not isinstance(tensors, Tensor):
+        check_tensor_list(op, argument, tensors)
+    elif tensors.ndim == 0:
+        raise RuntimeError(f"{op}: {argument} must be a list of tensors, got a tensor of shape []")
 
 
 def integer(op: str, argument: str, value: Any) -> int:
@@ -107,6 +144,11 @@ def numbers(op: str, argument: str, values: Iterable) -> tuple[float, ...]:
     return tuple(number(op, argument, value) for value in sequence(op, argument, "numbers", values))
 
 
+def is_one_of(value: Any, choices: Iterable[str]) -> bool:
+    """Whether an option is one of these words. What cannot be hashed or compared is not."""
+    return isinstance(value, str) and value in choices
+
+
 def kind_of(value: Any) -> str:
     """What it is, as messages name it: "None", "a NumPy array", "a list"."""
     if value is None:
@@ -128,7 +170,7 @@ def _stands_for_a_number(value: Any) -> bool:
 
 
 def sequence(op: str, argument: str, what: str, values: Iterable) -> Sequence:
-    """A tuple of what can be iterated over; `what` says of what it should be."""
+    """The elements of an iterable as a tuple; `what` names the expected elements in the message."""
     try:
         return tuple(values)
     except TypeError:

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 import torch
 from torch.autograd import forward_ad
+from torch.library import get_ctx
 from torch.utils import _pytree
 
 Result = TypeVar("Result")  # so that type checkers see through `register_result`
@@ -82,7 +83,7 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
     def register(fake: Callable) -> Callable:
         @functools.wraps(fake)
         def checked(*arguments):
-            _check_one_device(name, arguments)
+            _check_tensors(name, arguments)
             return fake(*arguments)
 
         _fakes[name] = checked
@@ -92,12 +93,25 @@ def register_fake(name: str) -> Callable[[Callable], Callable]:
     return register
 
 
-def _check_one_device(name: str, arguments: tuple) -> None:
-    """As the entries of the ops do, which do not run where one tensor of several is on the meta device."""
+def _check_tensors(name: str, arguments: tuple) -> None:
+    """As the entries of the ops do, which do not run where a tensor is on the meta device."""
+    for argument, value in zip(getattr(ops, name)._schema.arguments, arguments, strict=False):
+        if value is None and str(argument.type) == "Tensor":
+            raise RuntimeError(f"{name}: {argument.name} must be a tensor, got None")
     tensors = [each for argument in arguments for each in (argument if isinstance(argument, list) else [argument])]
     devices = {str(each.device) for each in tensors if isinstance(each, torch.Tensor)}
     if len(devices) > 1:
         raise RuntimeError(f"{name}: all tensors must be on one device, got {' and '.join(sorted(devices))}")
+
+
+def unknown_length(name: str) -> torch.SymInt:
+    """The number of rows of a result that depends on the data, in the fake of an op."""
+    try:
+        return get_ctx().new_dynamic_size()
+    except RuntimeError:
+        raise RuntimeError(
+            f"{name}: the length of the result depends on the data, which tensors on the meta device do not have"
+        ) from None
 
 
 def register_result(result: type[Result]) -> type[Result]:

@@ -8,6 +8,7 @@ made anew for the next caller.)
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,18 @@ from torch import Tensor, nn
 from torch.utils._device import DeviceContext
 
 from . import _library
-from ._checks import check_tensor_list, check_tensors, integer, integers, kind_of, number, numbers, sequence
+from ._checks import (
+    FLOATING,
+    check_tensor_list,
+    check_tensors,
+    integer,
+    integers,
+    is_one_of,
+    kind_of,
+    number,
+    numbers,
+    sequence,
+)
 from ._library import register_fake
 
 # Numbers of the metrics, as csrc/anchors/anchors.h counts them.
@@ -357,11 +369,13 @@ def point_anchors(
     op = "point_anchors"
     grids, steps = _grids_and_strides(op, feature_sizes, strides)
     if any(down != right for down, right in steps):
-        raise ValueError(f"{op}: strides must be one number per map, got {list(strides)}")
+        raise ValueError(f"{op}: strides must be one number per map, got {list(steps)}")
     offset, device = float(number(op, "offset", offset)), _device_of(device)
     if not math.isfinite(offset):
         raise ValueError(f"{op}: offset must be finite, got {offset}")
     _check_floating(op, dtype)
+    if any(stride > torch.finfo(dtype).max for stride, _ in steps):
+        raise ValueError(f"{op}: strides must be numbers of {_library.dtype_name(dtype)}, got {[*strides]}")
 
     def make() -> tuple[Tensor, ...]:
         points, lengths = [torch.empty(0, 2, dtype=dtype, device=device)], [torch.empty(0, dtype=dtype, device=device)]
@@ -398,8 +412,9 @@ def yolo_anchors(version: str, *, dtype: torch.dtype = torch.float32, device: to
 
     Source: the configurations that their authors published. v2 gives its anchors in cells of 32 pixels.
     """
-    if version not in _YOLO_ANCHORS:
+    if not is_one_of(version, _YOLO_ANCHORS):
         raise ValueError(f"yolo_anchors: version must be one of {', '.join(_YOLO_ANCHORS)}, got {version!r}")
+    _check_floating("yolo_anchors", dtype)
     return torch.tensor(_YOLO_ANCHORS[version], dtype=dtype, device=device)
 
 
@@ -453,9 +468,9 @@ def kmeans_anchors(
     op = "kmeans_anchors"
     check_tensors(op, sizes=sizes)
     k = integer(op, "k", k)
-    seed = int(seed) if isinstance(seed, int) else integer(op, "seed", seed)  # up to 2^64 - 1
+    seed = int(seed) if isinstance(seed, Integral) else integer(op, "seed", seed)  # up to 2^64 - 1
     max_iterations = integer(op, "max_iterations", max_iterations)
-    if metric not in _METRICS:
+    if not is_one_of(metric, _METRICS):
         raise ValueError(f"{op}: metric must be 'iou' or 'euclidean', got {metric!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{op}: seed must be from -2^63 to 2^64 - 1, got {seed}")
@@ -465,6 +480,8 @@ def kmeans_anchors(
         raise RuntimeError(f"{op}: sizes must be floating of shape [N, 2], got {sizes.dtype} {list(sizes.shape)}")
     if not 1 <= k <= min(len(sizes), 1024):
         raise ValueError(f"{op}: k must be from 1 to min(N, 1024) = {min(len(sizes), 1024)}, got {k}")
+    if sizes.is_meta:
+        raise RuntimeError(f"{op}: sizes must be on a device with data, got meta")
     single = sizes.detach().float()
     least, largest = torch.stack(single.aminmax()).tolist()
     if not 0 < least <= largest < math.inf:
@@ -593,6 +610,8 @@ def _sizes_and_ratios(op: str, sizes: Sequence, aspect_ratios: Sequence) -> tupl
 
 
 def _grids_and_strides(op: str, feature_sizes: Sequence, strides: Sequence) -> tuple[tuple, tuple]:
+    feature_sizes = sequence(op, "feature_sizes", "(height, width)", feature_sizes)
+    strides = sequence(op, "strides", "numbers or pairs", strides)
     grids = tuple(integers(op, "feature_sizes", grid) for grid in feature_sizes)
     if not all(len(grid) == 2 and min(grid) >= 0 for grid in grids):
         raise ValueError(f"{op}: feature_sizes must be pairs of numbers of at least 0, got {list(feature_sizes)}")
@@ -639,8 +658,10 @@ def _all_positive(numbers) -> bool:
 
 
 def _check_floating(op: str, dtype: torch.dtype) -> None:
-    if not dtype.is_floating_point:
-        raise ValueError(f"{op}: dtype must be floating, got {_library.dtype_name(dtype)}")
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"{op}: dtype must be a torch.dtype, got {kind_of(dtype)}")
+    if dtype not in FLOATING:
+        raise ValueError(f"{op}: dtype must be float16, bfloat16, float32 or float64, got {_library.dtype_name(dtype)}")
 
 
 def _cell_anchors(scales: Sequence[float], ratios: Sequence[float]) -> Tensor:

@@ -19,7 +19,6 @@ import torch
 import torch.fx
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.library import get_ctx
 from torch.nn.utils.rnn import pad_sequence
 from torch.overrides import handle_torch_function
 
@@ -31,7 +30,8 @@ _COORDINATES = {"xyxy": 4, "xywh": 4, "cxcywh": 4, "xywhr": 5, "cxcywhr": 5, "xy
 _NUMBERS = {fmt: number for number, fmt in enumerate(_COORDINATES)}
 
 # What integers are converted in where their own dtype may not hold the sum of two.
-_WIDE = {torch.int8: torch.int32, torch.uint8: torch.int32, torch.int16: torch.int32, torch.uint16: torch.int32}
+_WIDE = dict.fromkeys((torch.int8, torch.uint8, torch.int16, torch.uint16), torch.int32)
+_WIDE |= dict.fromkeys((torch.uint32, torch.uint64), torch.int64)  # in which torch computes nothing
 
 
 def box_area(boxes: Tensor, fmt: str = "xyxy") -> Tensor:
@@ -258,7 +258,7 @@ def _kernel_serves(boxes: Tensor) -> bool:
 
 
 def _check_format(op: str, argument: str, fmt: str) -> None:
-    if fmt not in _COORDINATES:
+    if not _checks.is_one_of(fmt, _COORDINATES):
         raise ValueError(f"{op}: {argument} must be one of {', '.join(_COORDINATES)}, got {fmt!r}")
 
 
@@ -372,7 +372,7 @@ def _(boxes: Tensor, height: float, width: float) -> Tensor:
 
 @register_fake("remove_small_boxes")
 def _(boxes: Tensor, min_size: float) -> Tensor:
-    return boxes.new_empty(get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return boxes.new_empty(_library.unknown_length("remove_small_boxes"), dtype=torch.int64)
 
 
 @register_fake("masks_to_boxes")
@@ -418,9 +418,8 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
         [[3, 1], [-1, -1]]
     """
     op = "pad_ground_truth"
-    for name, tensors in (("boxes", boxes), ("labels", labels)):
-        if not isinstance(tensors, Tensor):  # of which the rows are taken
-            _checks.check_tensor_list(op, name, tensors)
+    _checks.check_rows(op, "boxes", boxes)
+    _checks.check_rows(op, "labels", labels)
     _library.refuse_vmap(op, *boxes, *labels)
     if len(boxes) != len(labels):
         raise ValueError(f"{op}: labels must have one tensor per image ({len(boxes)}), got {len(labels)}")

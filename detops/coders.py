@@ -123,7 +123,8 @@ class BoxCoder:
         counts, others = [len(boxes) for boxes in reference_boxes], [len(boxes) for boxes in proposals]
         if counts != others:
             raise RuntimeError(f"BoxCoder: proposals must be as many as reference_boxes, {counts}, got {others}")
-        return self.encode_single(torch.cat(list(reference_boxes)), torch.cat(list(proposals))).split(counts)
+        references = _rows_of_all("reference_boxes", reference_boxes)
+        return self.encode_single(references, _rows_of_all("proposals", proposals)).split(counts)
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         """The deltas [n, 4] of boxes [n, 4] from proposals [n, 4]."""
@@ -134,7 +135,7 @@ class BoxCoder:
         """Boxes [sum n, C, 4] of deltas [sum n, 4 C], in any shape, for the proposals [n, 4] of each image."""
         _checks.check_tensors("BoxCoder", rel_codes=rel_codes)
         _check_rows("boxes", boxes)
-        anchors = torch.cat(list(boxes))
+        anchors = _rows_of_all("boxes", boxes)
         if len(anchors):
             if rel_codes.numel() % (4 * len(anchors)):
                 raise RuntimeError(
@@ -294,7 +295,7 @@ def decode_yolo(raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]
     corners, and class probabilities in place of scores.
     """
     op = "decode_yolo"
-    if version not in _YOLO_VERSIONS:
+    if not _checks.is_one_of(version, _YOLO_VERSIONS):
         raise ValueError(f"{op}: version must be 'v3' or 'v5', got {version!r}")
     strides = list(_checks.numbers(op, "strides", strides))
     if not all(0 < stride < math.inf for stride in strides):
@@ -313,13 +314,20 @@ def decode_yolo(raw: Sequence[Tensor], anchors: Tensor, strides: Sequence[float]
 
 
 def _check_rows(name: str, boxes: Sequence[Tensor]) -> None:
-    if not isinstance(boxes, Tensor):
-        _checks.check_tensor_list("BoxCoder", name, boxes)
+    _checks.check_rows("BoxCoder", name, boxes)
     if len(boxes) == 0:
         raise RuntimeError(f"BoxCoder: {name} must be the boxes of at least one image, got none")
     for each in boxes:
         if each.ndim != 2 or each.shape[1] != 4:
             raise RuntimeError(f"BoxCoder: {name} must have shape [n, 4], got {list(each.shape)}")
+        _checks.check_real("BoxCoder", **{name: each})
+
+
+def _rows_of_all(name: str, boxes: Sequence[Tensor]) -> Tensor:
+    for each in boxes:
+        _checks.promoted("BoxCoder", f"{name}[0]", boxes[0], name, each)
+        _checks.check_same_device("BoxCoder", f"{name}[0]", boxes[0], name, each)
+    return torch.cat(list(boxes))
 
 
 def _checked_weights(op: str, weights: Sequence[float]) -> tuple[float, ...]:
@@ -335,9 +343,9 @@ def _share(op: str, first_name: str, first: Tensor, second_name: str, second: Te
     _library.refuse_forward_mode(op, first, second)
     if first.dtype != second.dtype:
         _checks.check_real(op, **{first_name: first, second_name: second})
-        dtype = torch.promote_types(first.dtype, second.dtype)
+        dtype = _checks.promoted(op, first_name, first, second_name, second)
         second = second.to(dtype)
-        if dtype != torch.float32 or not first.is_floating_point():  # halves stay beside float32
+        if dtype != torch.float32 or not first.is_floating_point():  # a half may be paired with float32
             first = first.to(dtype)
     if first.shape[:-1] == second.shape[:-1]:
         return first, second

@@ -61,7 +61,7 @@ def box_iou(boxes1: Tensor, boxes2: Tensor, fmt: str = "xyxy", *, aligned: bool 
         return handle_torch_function(box_iou, (boxes1, boxes2), boxes1, boxes2, fmt, aligned=aligned)
     if fmt in _ROTATED:
         return _compare_rotated(boxes1, boxes2, fmt, aligned)
-    if fmt not in _UPRIGHT:
+    if not _checks.is_one_of(fmt, _UPRIGHT):
         raise ValueError(f"box_iou: fmt must be one of {', '.join(_UPRIGHT + _ROTATED)}, got {fmt!r}")
     if fmt != "xyxy":
         boxes1, boxes2 = _convert(boxes1, boxes2, fmt, "xyxy")
@@ -237,7 +237,7 @@ def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tupl
     boxes1, boxes2 = _share_batch(*_share_dtype("max_iou", boxes1.detach(), boxes2.detach()))
     if valid is not None and valid.ndim and valid.shape[:-1] != boxes2.shape[:-2]:
         try:
-            batch = torch.broadcast_shapes(valid.shape[:-1], boxes2.shape[:-2])
+            batch = torch.broadcast_shapes(valid.shape[:-1], boxes1.shape[:-2], boxes2.shape[:-2])
         except RuntimeError:
             return _library.ops.max_iou(boxes1, boxes2, valid)  # which names what does not fit
         boxes1, boxes2 = (each.expand(*batch, *each.shape[-2:]) for each in (boxes1, boxes2))

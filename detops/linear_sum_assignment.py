@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_optional_tensors, check_tensors, number
+from ._checks import check_optional_tensors, check_tensors, is_one_of, number
 from ._library import register_fake
 
 _INVALID = {"forbid": 0, "raise": 1, "last": 2}
@@ -25,7 +25,7 @@ def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None, *, in
 
     Returns:
         int64 [B, T]: the query of each target; -1 for targets beyond `num_targets`, for those left over where there are
-        more targets than queries, and for those that only forbidden pairs are left for: with "last" for none of these.
+        more targets than queries, and for those that have only forbidden pairs left ("last" forbids none).
         As few pairs as possible are invalid (forbidden, or last); among the ways to do so, the one is taken in which
         the sum of the other costs is least. No large number stands for infinity in that.
 
@@ -115,9 +115,9 @@ def match_detr(
     "Deformable DETR", ICLR 2021. They build the costs across all images of a batch and solve image by image on the CPU.
     """
     op = "match_detr"
-    if class_cost not in ("softmax", "focal"):
+    if not is_one_of(class_cost, ("softmax", "focal")):
         raise ValueError(f"{op}: class_cost must be 'softmax' or 'focal', got {class_cost!r}")
-    if fmt not in ("cxcywh", "xyxy"):
+    if not is_one_of(fmt, ("cxcywh", "xyxy")):
         raise ValueError(f"{op}: fmt must be 'cxcywh' or 'xyxy', got {fmt!r}")
     weights = {"class_weight": class_weight, "l1_weight": l1_weight, "giou_weight": giou_weight, "alpha": alpha}
     weights = {name: number(op, name, weight) for name, weight in weights.items()}
@@ -144,7 +144,7 @@ def match_detr(
 
 
 def _invalid(op: str, invalid: str) -> int:
-    if invalid not in _INVALID:
+    if not is_one_of(invalid, _INVALID):
         raise ValueError(f"{op}: invalid must be 'forbid', 'raise' or 'last', got {invalid!r}")
     return _INVALID[invalid]
 

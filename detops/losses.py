@@ -351,7 +351,7 @@ def siou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: floa
 
 
 def _number_of(op: str, reduction: str) -> int:
-    if reduction not in _REDUCTIONS:
+    if not _checks.is_one_of(reduction, _REDUCTIONS):
         raise ValueError(f"Invalid reduction: {op}: reduction must be 'none', 'mean' or 'sum', got {reduction!r}")
     return _REDUCTIONS[reduction]
 

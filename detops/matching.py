@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_optional_tensors, check_tensors, integer, integers, kind_of, number
+from ._checks import check_optional_tensors, check_tensors, integer, integers, is_one_of, kind_of, number
 from ._library import register_fake
 from .linear_sum_assignment import linear_sum_assignment as linear_sum_assignment  # of this family too
 from .linear_sum_assignment import match_detr as match_detr
@@ -96,7 +96,7 @@ def match_max_iou(
     high_threshold, low_threshold = _thresholds(op, high_threshold, low_threshold)
     low_quality_min_iou = number(op, "low_quality_min_iou", low_quality_min_iou)
     ignore_threshold = number(op, "ignore_threshold", ignore_threshold)
-    if low_quality not in ("own_argmax", "this_gt"):
+    if not is_one_of(low_quality, ("own_argmax", "this_gt")):
         raise ValueError(f"{op}: low_quality must be 'own_argmax' or 'this_gt', got {low_quality!r}")
     if low_quality_min_iou != low_quality_min_iou:
         raise ValueError(f"{op}: low_quality_min_iou must be a number, got nan")

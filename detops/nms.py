@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import get_ctx
 
 from . import _library
 from ._checks import check_optional_tensors, check_tensors, integer, number
@@ -217,17 +216,17 @@ def _checked_threshold(op: str, threshold: float) -> float:
 
 @register_fake("nms")
 def _(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    return boxes.new_empty(get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return boxes.new_empty(_library.unknown_length("nms"), dtype=torch.int64)
 
 
 @register_fake("batched_nms")
 def _(boxes: Tensor, scores: Tensor, idxs: Tensor, iou_threshold: float) -> Tensor:
-    return boxes.new_empty(get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return boxes.new_empty(_library.unknown_length("batched_nms"), dtype=torch.int64)
 
 
 @register_fake("nms_rotated")
 def _(boxes: Tensor, scores: Tensor, iou_threshold: float, idxs: Tensor | None) -> Tensor:
-    return boxes.new_empty(get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return boxes.new_empty(_library.unknown_length("nms_rotated"), dtype=torch.int64)
 
 
 @register_fake("multiclass_nms")

@@ -5,9 +5,9 @@ Whole pixels and position-sensitive maps: `detops.roi_pooling`. Modules: `detops
 All functions share these rules, on every device:
 
 - Boxes are xyxy in pixels of the image: a tensor [K, 5] whose first column is the batch index, or a list with one
-  tensor [L, 4] for each image. `spatial_scale` brings them onto the map. They are taken as float32 (float64 beside
-  float64 features), whatever their dtype. In a [K, 5] of half precision the batch index is rounded as all of it: from
-  image 257 on in bfloat16, and 2,049 in float16, it may name another image. Lists have no such limit.
+  tensor [L, 4] for each image. `spatial_scale` brings them onto the map. They are taken as float32 (float64 for
+  float64 features), whatever their dtype. In a [K, 5] of half precision the batch index is rounded like the
+  coordinates: from image 257 on in bfloat16, and 2,049 in float16, it may name another image. Lists have no such limit.
 - Results have the dtype and the memory format of the features: channels_last gives channels_last. float16 and bfloat16
   are computed in float32 and rounded once.
 - Gradients go to the features, not to the boxes. They are the same bits on every run, as are the results.
@@ -86,7 +86,7 @@ def roi_align(
         options = {"output_size": output_size, "spatial_scale": spatial_scale, "sampling_ratio": sampling_ratio}
         options |= {"aligned": aligned, "mode": mode}
         return handle_torch_function(roi_align, (input, boxes), input, boxes, **options)
-    if mode not in ("avg", "max"):
+    if not _checks.is_one_of(mode, ("avg", "max")):
         raise ValueError(f"{op}: mode must be 'avg' or 'max', got {mode!r}")
     bins_y, bins_x = _pair(op, output_size)
     spatial_scale = _scale(op, "spatial_scale", spatial_scale)
@@ -309,6 +309,8 @@ def _rows(op: str, boxes: Tensor | list[Tensor], input: Tensor, coordinates: int
                 f"got {got}"
             )
         _library.refuse_complex(op, "boxes", each)
+        if each.device != boxes[0].device:
+            raise RuntimeError(f"{op}: boxes must be on one device, got {boxes[0].device} and {each.device}")
     # Compiled code would be bound to a batch of this size or more; there the op itself looks at the indices.
     more = () if torch.compiler.is_compiling() or input.ndim == 0 else boxes[input.shape[0] :]
     if more and any(len(each) for each in more):

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch.fx
 from torch import Tensor, nn
 
-from ._checks import check_tensors, kind_of
+from ._checks import check_tensors, kind_of, numbers, sequence
 from .roi import _pair, pool_levels, roi_align
 from .roi_pooling import ps_roi_align, ps_roi_pool, roi_pool
 
@@ -110,10 +110,10 @@ class MultiScaleRoIAlign(_RoIModule):
     Called with a dict of maps, boxes [L, 4] for each image and the images' (height, width), it returns
     [K, C, height, width].
 
-    Images come padded, and how far is not told. So the scale of a map is the power of two next to its side by that of
-    the largest image, of the longer side of the images, on which padding weighs least. Images that are mostly padding
-    along that side too, as one of 20 x 20 in 32 x 32 pixels, cannot be told from larger ones without: their scales come
-    out too large. `detops.multi_scale_roi_align` takes scales.
+    Images are padded by an unknown amount, so the scale of a map is estimated: its longer side divided by that of the
+    largest image, rounded to a power of two. Padding matters least on the longer side. The scales of images that are
+    mostly padding on that side too, such as 20 x 20 pixels in 32 x 32, come out too large. Where that can happen, give
+    the scales to `detops.multi_scale_roi_align`.
 
     Raises:
         ValueError: there is no image, no map of these names, or a step between the maps is not a half.
@@ -165,12 +165,17 @@ def _pool_pyramid(
 ) -> Tensor:
     if not isinstance(x, Mapping):
         raise RuntimeError(f"MultiScaleRoIAlign: x must be a dict of tensors, got {kind_of(x)}")
+    names = sequence("MultiScaleRoIAlign", "featmap_names", "names", names)
     check_tensors("MultiScaleRoIAlign", **{f"x[{name}]": map for name, map in x.items() if name in names})
     maps = [map for name, map in x.items() if name in names]
     if not maps:
-        raise ValueError(f"MultiScaleRoIAlign: the maps must include some of {names}, got {list(x)}")
+        raise ValueError(f"MultiScaleRoIAlign: the maps must include some of {list(names)}, got {list(x)}")
+    image_shapes = sequence("MultiScaleRoIAlign", "image_shapes", "(height, width)", image_shapes)
+    image_shapes = [numbers("MultiScaleRoIAlign", "image_shapes", shape) for shape in image_shapes]
     if not image_shapes:
         raise ValueError("MultiScaleRoIAlign: image_shapes must name at least one image, got none")
+    if not all(len(shape) == 2 for shape in image_shapes):
+        raise ValueError(f"MultiScaleRoIAlign: image_shapes must be pairs (height, width), got {image_shapes}")
     image = tuple(max(shape[axis] for shape in image_shapes) for axis in (0, 1))
     octaves = [octave_of(map.shape[-2:], image) for map in maps]
     # In maps of few pixels rounding hides a step, and torchvision leaves the last of them unused. With more levels than

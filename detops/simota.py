@@ -5,7 +5,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import _library
-from ._checks import check_optional_tensors, check_tensors, integer, number
+from ._checks import check_optional_tensors, check_tensors, integer, is_one_of, number
 from ._library import register_fake
 
 _RADIUS = {"yolox": 1.5, "mmdet": 2.5}
@@ -51,9 +51,9 @@ def assign_simota(
     k = max(1, floor(sum of its topk largest IoUs)) cheapest candidates. What several gts claim goes to the one of
     lowest cost. The target score is the IoU of predicted box and gt, on the gt's class.
 
-    That is `rule="yolox"`. By MMDetection's, "mmdet", candidates are near a gt's centre or inside of its box, and it is
-    1e5 that is added unless the anchor is both for this gt. It takes probabilities, whose product with the objectness
-    stands in the place of the square root, and has 1e-7 in that of 1e-8.
+    That is `rule="yolox"`. With MMDetection's rule, "mmdet", candidates are near a gt's centre or inside its box, and
+    1e5 is added unless the anchor is both for this gt. Inputs are probabilities; the probability in the cost is the
+    class's times the objectness, without the square root, and 1e-7 replaces 1e-8.
 
     Args:
         pred_logits: [B, A, C] of the classes, floating; any strides. With "mmdet" probabilities, taken as 0 to 1.
@@ -98,7 +98,7 @@ def assign_simota(
     has no candidate, and leaves ties open; MMDetection's SimOTAAssigner ("mmdet"), which leaves them open too.
     """
     op = "assign_simota"
-    if rule not in _RADIUS:
+    if not is_one_of(rule, _RADIUS):
         raise ValueError(f"{op}: rule must be 'yolox' or 'mmdet', got {rule!r}")
     center_radius = number(op, "center_radius", _RADIUS[rule] if center_radius is None else center_radius)
     topk, iou_weight = integer(op, "topk", topk), number(op, "iou_weight", iou_weight)

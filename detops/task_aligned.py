@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_real, check_tensors, integer, number, numbers
+from ._checks import check_real, check_tensors, integer, is_one_of, number, numbers
 from ._library import register_fake
 from .iou import box_iou, complete_box_iou
 
@@ -132,9 +132,9 @@ def assign_task_aligned(
     defaults). Ties are open in both, and in the latter background rows hold the first gt.
     """
     op = "assign_task_aligned"
-    if iou not in ("ciou", "iou"):
+    if not is_one_of(iou, ("ciou", "iou")):
         raise ValueError(f"{op}: iou must be 'ciou' or 'iou', got {iou!r}")
-    if candidates not in ("inside", "all"):
+    if not is_one_of(candidates, ("inside", "all")):
         raise ValueError(f"{op}: candidates must be 'inside' or 'all', got {candidates!r}")
     topk, alpha, beta, size = _options(op, topk, alpha, beta, min_size)
     tensors = {"pred_scores": pred_scores, "pred_boxes": pred_boxes, "anchor_points": anchor_points}
@@ -158,7 +158,7 @@ def assign_task_aligned(
         scores = pred_scores.gather(2, targets.labels.clamp(min=0)[..., None])[..., 0]
     else:
         scores = pred_scores.new_zeros(overlaps.shape)
-    # Powers as the op takes them: in float64, rounded once.
+    # The op multiplies where a power is whole, so its metrics may differ from these in the last bits.
     metrics = scores.double().pow(alpha).to(dtype) * overlaps.double().pow(beta).to(dtype)
     return TaskAlignedMetrics(*targets, torch.where(targets.foreground & (metrics > 0), metrics, 0), overlaps)
 
@@ -246,7 +246,7 @@ class TaskAlignedAssigner(torch.nn.Module):
         Returns:
             (labels [B, A], boxes [B, A, 4], scores [B, A, C], foreground [B, A], gt indices [B, A]). Rows of the
             background have the label, box and index of the image's first row. Scores have the dtype of
-            `pd_scores * pd_bboxes`, float32 under autocast. With n = 0 the labels are `num_classes` and the boxes 0,
+            `pd_scores * pd_bboxes`. With n = 0 the labels are `num_classes` and the boxes 0,
             all but `foreground` in the dtype of their prediction.
         """
         check_tensors(

@@ -7,7 +7,16 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_optional_tensors, check_tensors, height_and_width, integer, number, numbers
+from ._checks import (
+    check_floating,
+    check_optional_tensors,
+    check_same_device,
+    check_tensors,
+    height_and_width,
+    integer,
+    number,
+    numbers,
+)
 from ._library import refuse_second_derivative, register_autograd, register_fake
 from .losses import _check_no_gradient, _check_not_negative, _for_autocast, _number_of
 
@@ -124,10 +133,10 @@ def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: T
     if len(sides) != 2 or not all(0 < side < math.inf for side in sides):
         raise ValueError(f"decode_yolo_grid: image_size must be positive and finite, got {sides}")
     height, width = sides
-    for name, each in (("targets", targets), ("anchors", anchors)):
-        if each is not None and not each.is_floating_point():
-            got = _library.dtype_name(each.dtype)
-            raise RuntimeError(f"decode_yolo_grid: {name} must be float16, bfloat16, float32 or float64, got {got}")
+    check_floating("decode_yolo_grid", targets=targets)
+    if anchors is not None:
+        check_floating("decode_yolo_grid", anchors=anchors)
+        check_same_device("decode_yolo_grid", "targets", targets, "anchors", anchors)
     dims = 4 if anchors is None else 5
     rule = "[B, rows, columns, 5 + C]" if anchors is None else "[B, rows, columns, A, 5 + C]"
     if targets.ndim != dims or targets.shape[-1] < 5:

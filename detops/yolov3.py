@@ -41,7 +41,7 @@ def assign_yolov3(
 
     Args:
         gt_boxes: [B, M, 4] xyxy in pixels, floating.
-        gt_labels: [B, M] int64, at least 0; how many classes there are is not known here.
+        gt_labels: [B, M] int64, at least 0; there is no upper limit.
         gt_valid: [B, M] bool: which rows take part; see `pad_ground_truth`.
         anchors: [L, A, 2] widths and heights in pixels, of up to 8 levels.
         strides: of the L levels, in pixels.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from . import _library
-from ._checks import check_tensors, height_and_width, integers, kind_of, number
+from ._checks import check_floating, check_tensors, height_and_width, integers, kind_of, number
 from ._library import register_fake
 
 
@@ -45,7 +45,7 @@ def assign_yolov5(
 
     Args:
         gt_boxes: [B, M, 4] xyxy in pixels, floating.
-        gt_labels: [B, M] int64, at least 0; how many classes there are is not known here.
+        gt_labels: [B, M] int64, at least 0; there is no upper limit.
         gt_valid: [B, M] bool: which rows take part; see `pad_ground_truth`.
         anchors: [L, A, 2] widths and heights in pixels.
         strides: of the L levels, in pixels.
@@ -115,7 +115,7 @@ def yolov5_target_lists(
 
     Args:
         targets: [n, 6] image, class, centre x, y, width, height, the last four divided by the image's width and height.
-            Image and class are at least 0, and are rounded towards it.
+            Image and class are at least 0, and are truncated to integers.
         anchors: [L, A, 2] widths and heights in cells.
         grid_sizes: (height, width) of the L feature maps, in cells.
         ratio_threshold: above 1.
@@ -148,10 +148,7 @@ def yolov5_target_lists(
     grid_sizes = [height_and_width(op, "grid_sizes", size) for size in grid_sizes]
     if targets.ndim != 2 or targets.shape[1] != 6:
         raise RuntimeError(f"{op}: targets must have shape [n, 6], got {list(targets.shape)}")
-    for name, each in (("targets", targets), ("anchors", anchors)):
-        if each.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            got = _library.dtype_name(each.dtype)
-            raise RuntimeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {got}")
+    check_floating(op, targets=targets, anchors=anchors)
     if anchors.ndim != 3 or anchors.shape[0] != len(grid_sizes) or anchors.shape[2] != 2:
         rule = f"[{len(grid_sizes)}, A, 2] as of grid_sizes"
         raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")

@@ -155,9 +155,11 @@ def unwritten(results: list) -> str:
             continue  # in integers of 8 bits they may be a result
         integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
         pattern = int.from_bytes(bytes([UNWRITTEN] * size), "little", signed=size > 1)
-        # Eight bytes in a row: two alone may be a number of 16 bits.
+        # Eight bytes in a row: two alone may be a number of 16 bits. As bfloat16 they are no NaN but -1.7e38, which a
+        # few neighbours between extremes can be.
+        in_a_row = 16 if tensor.dtype == torch.bfloat16 else 8 // size
         filled = plain(tensor).view(integers) == pattern
-        if filled.unfold(0, min(len(filled), 8 // size), 1).all(1).any():
+        if filled.unfold(0, min(len(filled), in_a_row), 1).all(1).any():
             return f"tensor {place} of the result has memory that nobody has written"
     return ""
 
@@ -198,7 +200,6 @@ def is_allowed(error: Exception, name: str) -> bool:
         r"detops(_emulated)?::\w+\(\) Expected a value of type",
         r"There were no tensor arguments to this function",
         r".*DefaultCPUAllocator: (can't allocate|not enough) memory",
-        r"cannot copy a \w+ tensor of shape",
     ]
     return isinstance(error, ValueError | TypeError | RuntimeError) and any(
         re.match(beginning, str(error), re.DOTALL) for beginning in allowed

@@ -240,6 +240,8 @@ def test_seeds_and_scales():
     sizes = to_torch(shapes_of(400))
     first = detops.kmeans_anchors(sizes, 6, seed=1)
     assert torch.equal(first.anchors, detops.kmeans_anchors(sizes, 6, seed=1).anchors)
+    large = [detops.kmeans_anchors(sizes, 6, seed=seed).anchors for seed in (2**64 - 1, np.uint64(2**64 - 1))]
+    assert torch.equal(*large)
     starts = [detops.kmeans_anchors(sizes, 6, metric="euclidean", seed=seed, max_iterations=0) for seed in (1, 2)]
     assert not torch.equal(starts[0].anchors, starts[1].anchors)
     for factor in (2.0**-60, 2.0**60):
@@ -382,8 +384,14 @@ def test_export():
         (lambda: detops.grid_anchors([(1, 1)], [8], [math.inf]), "grid_anchors: sizes must be positive and finite"),
         (lambda: detops.grid_anchors([(2, -1)], [8], [32]), "grid_anchors: feature_sizes must be pairs of numbers of"),
         (lambda: detops.grid_anchors([(1, 2, 3)], [8], [32]), "grid_anchors: feature_sizes must be pairs of numbers"),
-        (lambda: detops.grid_anchors([(1, 1)], [8], [32], dtype=torch.int64), "grid_anchors: dtype must be floating"),
-        (lambda: detops.point_anchors([(1, 1)], [8], dtype=torch.int32), "point_anchors: dtype must be floating"),
+        (
+            lambda: detops.grid_anchors([(1, 1)], [8], [32], dtype=torch.int64),
+            "grid_anchors: dtype must be float16, bfloat16, float32 or float64",
+        ),
+        (
+            lambda: detops.point_anchors([(1, 1)], [8], dtype=torch.int32),
+            "point_anchors: dtype must be float16, bfloat16, float32 or float64",
+        ),
         (lambda: detops.point_anchors([(1, 1)], [8], math.nan), "point_anchors: offset must be finite"),
         (
             lambda: detops.DefaultBoxGenerator([[0, 2]]),

@@ -120,6 +120,22 @@ def test_areas_and_conversions_of_integers_do_not_wrap():
         assert detops.box_convert(torch.tensor([[1, 2, 3, 4]], dtype=dtype), "xywh", "xyxy").dtype == dtype
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda word: detops.linear_sum_assignment(torch.zeros(1, 2, 2), invalid=word),
+        lambda word: detops.generalized_box_iou_loss(BOXES, BOXES, reduction=word),
+        lambda word: detops.yolo_anchors(word),
+        lambda word: detops.box_convert(BOXES, word, "xyxy"),
+        lambda word: detops.kmeans_anchors(BOXES[:, 2:], 1, metric=word),
+    ],
+)
+@pytest.mark.parametrize("word", [["mean"], None, 1, "MEAN"])
+def test_words_that_are_none_of_the_choices(call, word):
+    with pytest.raises(ValueError, match=r"must be .*, got "):
+        call(word)
+
+
 def test_numbers_of_numpy():
     """Every option takes what `operator.index` and `float` take."""
     whole, half = np.int64(8), np.float32(0.5)

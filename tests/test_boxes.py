@@ -180,14 +180,17 @@ def test_forward_derivatives():
 # Integers.
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64, torch.uint64]
+)
 def test_integer_boxes(dtype):
     boxes = torch.tensor([[1, 2, 4, 9], [0, 0, 100, 7]], dtype=dtype)
     area = detops.box_area(boxes)
     assert area.tolist() == [21, 700] and area.dtype == torch.int64
     sides = detops.box_convert(boxes, "xyxy", "xywh")
     assert sides.tolist() == [[1, 2, 3, 7], [0, 0, 100, 7]]
-    assert sides.dtype == (dtype if dtype.itemsize >= 4 else torch.int32)
+    wide = {torch.int64: torch.int64, torch.uint32: torch.int64, torch.uint64: torch.int64}
+    assert sides.dtype == wide.get(dtype, torch.int32)
     centres = detops.box_convert(boxes, "xyxy", "cxcywh")
     assert centres.tolist() == [[2.5, 5.5, 3, 7], [50, 3.5, 100, 7]] and centres.dtype == torch.float32
     clipped = detops.clip_boxes_to_image(boxes, (5, 50))

@@ -95,6 +95,8 @@ def test_the_python_that_uv_is_told(tmp_path, target, words, monkeypatch):
     assert next(find_torch.pythons_of(process)) == str(target)
     by_variable = find_torch.Process(("uv", "sync"), {"UV_PROJECT_ENVIRONMENT": str(target.parents[1])}, tmp_path)
     assert next(find_torch.pythons_of(by_variable)) == str(target)
+    bare = find_torch.Process(("/usr/bin/uv",), {}, target.parents[1].parent)
+    assert all(isinstance(each, str) for each in find_torch.pythons_of(bare))
 
 
 def test_no_torch_is_asked_for_where_one_may_be(tmp_path, isolated, other):

@@ -200,6 +200,19 @@ def test_huge_boxes_lose_what_small_ones_do(device, name, power):
         torch.testing.assert_close(got * 2.0**power, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sides_twice_as_long_as_coordinates(device, name, dtype):
+    """From -x to x, for x around those whose squared side, or its double, is just finite."""
+    middle = 62.5 if dtype == torch.float32 else 510.5
+    x = 2.0 ** torch.linspace(-2, 2, 33, dtype=torch.float64)
+    boxes = torch.stack([-x, -x, x, x], dim=1)
+    small = put(device, all_pairs(torch.cat([boxes, boxes.clamp(min=0)]).numpy()), torch.float64)
+    boxes1, boxes2 = (each.to(dtype) * 2.0**middle for each in small)
+    expected = getattr(detops.losses, name)(*small, eps=1e-30)
+    torch.testing.assert_close(getattr(detops.losses, name)(boxes1, boxes2).double(), expected, rtol=1e-5, atol=1e-6)
+    assert all(grad.isfinite().all() for grad in gradients_of(name, boxes1, boxes2))
+
+
 def test_other_shapes_and_strides(device, name):
     function = getattr(detops.losses, name)
     boxes1, boxes2 = put(device, pairs(24), torch.float32)

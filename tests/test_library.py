@@ -213,6 +213,16 @@ class TestEveryOp:
         # torch keeps fakes as kernels for the device "meta".
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"detops::{op}", "Meta")
 
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_refuses_none_as_a_tensor(self, op, device):
+        types = {argument.name: str(argument.real_type) for argument in getattr(_library.ops, op)._schema.arguments}
+        right = {"Tensor": torch.zeros(1, device=device), "int": 1, "float": 1.0, "bool": True}
+        arguments = {name: right.get(kind, None if "Optional" in kind else []) for name, kind in types.items()}
+        tensors = [name for name, kind in types.items() if kind == "Tensor"]
+        for missing in tensors if len(tensors) > 1 else ():  # of one alone torch would not know the device
+            with pytest.raises(RuntimeError, match=rf"^{op}: {missing} must be a tensor, got None"):
+                getattr(_library.ops, op)(**arguments | {missing: None})
+
 
 BOXES = torch.tensor([[0.0, 0, 8, 8], [2, 2, 6, 9]])
 LOGITS = torch.zeros(2, 4)
@@ -272,7 +282,9 @@ def test_a_copy_that_does_not_fit_is_named():
         text=True,
         timeout=120,
     )
-    assert re.match(r"cannot copy a float16 tensor of shape \[1073741824, 4\]: .*memory", result.stdout), result.stderr
+    assert re.match(
+        r"remove_small_boxes: cannot copy a float16 tensor of shape \[1073741824, 4\]: .*memory", result.stdout
+    ), result.stderr
 
 
 def test_results_are_read_by_torch_load(tmp_path):

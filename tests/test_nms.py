@@ -118,6 +118,20 @@ def test_equal_scores_keep_the_lower_index_and_nan_comes_first(device):
     assert detops.nms(boxes.flip(0), scores.flip(0), 0.5).tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"], indirect=True)
+def test_flushed_subnormal_numbers(device):
+    # torch flushes them on the calling thread alone.
+    x = 20.0 * np.arange(40)
+    boxes, ids = device.put(np.stack([x, x, x + 9, x + 9], 1)), device.put(np.zeros(40, dtype=np.int64))
+    scores = device.put(1e-40 * np.arange(1, 41))
+    torch.set_flush_denormal(True)
+    try:
+        found = [detops.nms(boxes, scores, 0.5), detops.batched_nms(boxes, scores, ids, 0.5)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert all(keep.tolist() == list(range(40))[::-1] for keep in found)
+
+
 @pytest.mark.parametrize("odd", ["nan", "infinite", "inverted", "zero_area"])
 def test_boxes_without_an_iou_neither_suppress_nor_are_suppressed(device, odd):
     boxes = device.put(inputs.edge_boxes(odd))

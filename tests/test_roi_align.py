@@ -260,7 +260,7 @@ def test_errors(device):
         detops.roi_align(input[0], boxes, 2)
     with pytest.raises(RuntimeError, match=r"^roi_align: input must be float16, .* got int64$"):
         detops.roi_align(input.long(), boxes, 2)
-    with pytest.raises(RuntimeError, match=r"^roi_align: boxes must be float32 beside input of float32, got float64$"):
+    with pytest.raises(RuntimeError, match=r"^roi_align: boxes must be float32 for input of float32, got float64$"):
         _library.ops.roi_align(input, boxes.double(), 1.0, 2, 2, 0, False)
     with pytest.raises(RuntimeError, match=r"^roi_align: grad must have shape \[K, C, bins, bins\], got"):
         _library.ops.roi_align_backward(input, boxes, [1, 1, 4, 4], 1.0, 2, 2, 0, False, False)

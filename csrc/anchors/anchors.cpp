@@ -11,6 +11,7 @@
 #include "common/counted.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -18,7 +19,7 @@ namespace {
 constexpr int64_t kTile = 128;       // sizes that are assigned together
 constexpr int64_t kGrain = 1 << 13;  // sizes that are worth a thread
 
-// Some of the anchors, in ascending order: all at most.
+// Some or all of the anchors, in ascending order.
 struct Candidates {
   std::vector<float> sides;
   std::vector<int32_t> labels;
@@ -144,7 +145,7 @@ class SharedSums {
 // ---- k-means. Sizes are sorted so that those of a tile are alike: most tiles can have one label only, as bounds tell.
 
 // Where a size stands along a curve that keeps neighbours together: the bits of both logarithms, in turn, in steps of a
-// 16th of an octave. Of all sizes, also of those that are none, one of kPlaces = (255 + 1)^2.
+// 16th of an octave. For any floats, NaN too, one of kPlaces = (255 + 1)^2.
 DETOPS_HD uint32_t spread_bits(uint32_t byte) {
   byte = (byte | byte << 4) & 0x0f0f;
   byte = (byte | byte << 2) & 0x3333;
@@ -219,7 +220,7 @@ DETOPS_CLONES int64_t find_candidates(const TileSummary& tile, const float* anch
     const float near_width = max_of(tile.least_width, min_of(tile.greatest_width, anchor[0]));
     const float near_height = max_of(tile.least_height, min_of(tile.greatest_height, anchor[1]));
     candidates.set(found, anchor, static_cast<int32_t>(a));
-    // So that a bound that is no number excludes none. The hint is always one, so that there is one.
+    // Negated, so that a bound of NaN excludes none. The hint is always a candidate, so that there is one.
     found += !(affinity<metric>(near_width, near_height, anchor[0], anchor[1]) < bound) | (a == tile.hint);
   }
   return found;
@@ -374,14 +375,10 @@ std::tuple<Tensor, Tensor> kmeans_anchors(const Tensor& sizes, const Tensor& sta
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("assign_sizes(Tensor sizes, Tensor anchors, int metric) -> (Tensor, Tensor)");
-  m.def("kmeans_anchors(Tensor sizes, Tensor start, int metric, int max_iterations) -> (Tensor, Tensor)");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("assign_sizes", TORCH_BOX(&assign_sizes));
-  m.impl("kmeans_anchors", TORCH_BOX(&kmeans_anchors));
+DETOPS_OPS(ops) {
+  ops.add<&assign_sizes>("assign_sizes(Tensor sizes, Tensor anchors, int metric) -> (Tensor, Tensor)");
+  ops.add<&kmeans_anchors>(
+      "kmeans_anchors(Tensor sizes, Tensor start, int metric, int max_iterations) -> (Tensor, Tensor)");
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -7,6 +7,7 @@
 #include "common/allocate.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -177,18 +178,11 @@ Tensor remove_small_boxes(const Tensor& boxes, double min_size) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("box_area(Tensor boxes, int fmt) -> Tensor");
-  m.def("box_convert(Tensor boxes, int in_fmt, int out_fmt) -> Tensor");
-  m.def("clip_boxes_to_image(Tensor boxes, float height, float width) -> Tensor");
-  m.def("remove_small_boxes(Tensor boxes, float min_size) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("box_area", TORCH_BOX(&box_areas));
-  m.impl("box_convert", TORCH_BOX(&box_convert));
-  m.impl("clip_boxes_to_image", TORCH_BOX(&clip_boxes_to_image));
-  m.impl("remove_small_boxes", TORCH_BOX(&remove_small_boxes));
+DETOPS_OPS(ops) {
+  ops.add<&box_areas>("box_area(Tensor boxes, int fmt) -> Tensor");
+  ops.add<&box_convert>("box_convert(Tensor boxes, int in_fmt, int out_fmt) -> Tensor");
+  ops.add<&clip_boxes_to_image>("clip_boxes_to_image(Tensor boxes, float height, float width) -> Tensor");
+  ops.add<&remove_small_boxes>("remove_small_boxes(Tensor boxes, float min_size) -> Tensor");
 }
 
 }  // namespace DETOPS_NAMESPACE

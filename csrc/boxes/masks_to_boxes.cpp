@@ -10,6 +10,7 @@
 #include "common/allocate.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -146,8 +147,6 @@ Tensor masks_to_boxes(const Tensor& masks) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) { m.def("masks_to_boxes(Tensor masks) -> Tensor"); }
-
-DETOPS_REGISTER(m) { m.impl("masks_to_boxes", TORCH_BOX(&masks_to_boxes)); }
+DETOPS_OPS(ops) { ops.add<&masks_to_boxes>("masks_to_boxes(Tensor masks) -> Tensor"); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "common/transpose_cpu.h"
 
 namespace DETOPS_NAMESPACE {
@@ -264,7 +265,7 @@ CoderRows checked_rows(const CoderCall& call, const Tensor& first, const Tensor&
   const bool half = first.scalar_type() == ScalarType::Half || first.scalar_type() == ScalarType::BFloat16;
   if (first.scalar_type() != dtype && !(half && dtype == ScalarType::Float)) {
     fail(op, std::string(names.second) + " must have the dtype of " + names.first + " (" +
-                 dtype_name(first.scalar_type()) + ") or be float32 beside a half, got " + dtype_name(dtype));
+                 dtype_name(first.scalar_type()) + ") or be float32 for a half, got " + dtype_name(dtype));
   }
   check_same_device(op, names.second, second, names.first, first);
   CoderRows rows{as_contiguous(first), second, Tensor(), {1, 1}, first.numel() / 4};
@@ -376,34 +377,23 @@ std::tuple<Tensor, Tensor> decode_ltrb_backward(const Tensor& grad, const Tensor
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("encode_boxes(Tensor boxes, Tensor anchors, float[] weights) -> Tensor");
-  m.def("decode_boxes(Tensor deltas, Tensor anchors, float[] weights, float clip) -> Tensor");
-  m.def("encode_ltrb(Tensor boxes, Tensor points, Tensor? strides, float? max_distance) -> Tensor");
-  m.def("decode_ltrb(Tensor distances, Tensor points, Tensor? strides) -> Tensor");
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&encode_boxes>("encode_boxes(Tensor boxes, Tensor anchors, float[] weights) -> Tensor");
+  ops.add<&decode_boxes>("decode_boxes(Tensor deltas, Tensor anchors, float[] weights, float clip) -> Tensor");
+  ops.add<&encode_ltrb>("encode_ltrb(Tensor boxes, Tensor points, Tensor? strides, float? max_distance) -> Tensor");
+  ops.add<&decode_ltrb>("decode_ltrb(Tensor distances, Tensor points, Tensor? strides) -> Tensor");
+  ops.add<&encode_boxes_backward>(
       "encode_boxes_backward(Tensor grad, Tensor boxes, Tensor anchors, float[] weights, bool anchors_wanted) -> "
       "(Tensor, Tensor)");
-  m.def(
+  ops.add<&decode_boxes_backward>(
       "decode_boxes_backward(Tensor grad, Tensor deltas, Tensor anchors, float[] weights, float clip, "
       "bool anchors_wanted) -> (Tensor, Tensor)");
-  m.def(
+  ops.add<&encode_ltrb_backward>(
       "encode_ltrb_backward(Tensor grad, Tensor boxes, Tensor points, Tensor? strides, float? max_distance, "
       "bool points_wanted) -> (Tensor, Tensor)");
-  m.def(
+  ops.add<&decode_ltrb_backward>(
       "decode_ltrb_backward(Tensor grad, Tensor distances, Tensor points, Tensor? strides, bool points_wanted) -> "
       "(Tensor, Tensor)");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("encode_boxes", TORCH_BOX(&encode_boxes));
-  m.impl("decode_boxes", TORCH_BOX(&decode_boxes));
-  m.impl("encode_ltrb", TORCH_BOX(&encode_ltrb));
-  m.impl("decode_ltrb", TORCH_BOX(&decode_ltrb));
-  m.impl("encode_boxes_backward", TORCH_BOX(&encode_boxes_backward));
-  m.impl("decode_boxes_backward", TORCH_BOX(&decode_boxes_backward));
-  m.impl("encode_ltrb_backward", TORCH_BOX(&encode_ltrb_backward));
-  m.impl("decode_ltrb_backward", TORCH_BOX(&decode_ltrb_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -1,6 +1,7 @@
 // decode_dfl: schema, checks, and the CPU kernels.
 #include "coders/decode_dfl.h"
 
+#include "common/register.h"
 #include "common/softmax_cpu.h"
 
 namespace DETOPS_NAMESPACE {
@@ -133,14 +134,9 @@ Tensor decode_dfl_backward(const Tensor& grad, const Tensor& logits, int64_t dim
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("decode_dfl(Tensor logits, int dim) -> Tensor");
-  m.def("decode_dfl_backward(Tensor grad, Tensor logits, int dim) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("decode_dfl", TORCH_BOX(&decode_dfl));
-  m.impl("decode_dfl_backward", TORCH_BOX(&decode_dfl_backward));
+DETOPS_OPS(ops) {
+  ops.add<&decode_dfl>("decode_dfl(Tensor logits, int dim) -> Tensor");
+  ops.add<&decode_dfl_backward>("decode_dfl_backward(Tensor grad, Tensor logits, int dim) -> Tensor");
 }
 
 }  // namespace DETOPS_NAMESPACE

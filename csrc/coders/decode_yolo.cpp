@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -302,16 +303,12 @@ std::vector<Tensor> decode_yolo_backward(const Tensor& grad_boxes, const Tensor&
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("decode_yolo(Tensor[] raw, Tensor anchors, float[] strides, int version) -> (Tensor, Tensor, Tensor)");
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&decode_yolo>(
+      "decode_yolo(Tensor[] raw, Tensor anchors, float[] strides, int version) -> (Tensor, Tensor, Tensor)");
+  ops.add<&decode_yolo_backward>(
       "decode_yolo_backward(Tensor grad_boxes, Tensor grad_objectness, Tensor grad_scores, Tensor[] raw, "
       "Tensor anchors, float[] strides, int version) -> Tensor[]");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("decode_yolo", TORCH_BOX(&decode_yolo));
-  m.impl("decode_yolo_backward", TORCH_BOX(&decode_yolo_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

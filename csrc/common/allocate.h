@@ -37,12 +37,12 @@ inline void ask_for_huge_pages(const Tensor& tensor) {
 #endif
 }
 
-// Trainers look for the words "CUDA out of memory" to retry with a smaller batch: torch's text has them where that is
-// the reason, and without its text it is the likely one.
-[[noreturn]] inline void fail_to_allocate(const std::string& what, const Tensor& like) {
+// Why torch gave no memory. Trainers look for the words "CUDA out of memory" to retry with a smaller batch: torch's
+// text has them where that is the reason, and without its text it is the likely one.
+inline std::string reason_of_failure(const Tensor& like) {
   const std::string reason = last_torch_error();
-  const char* const likely = like.is_cuda() ? ": CUDA out of memory" : ": out of memory";
-  throw std::runtime_error(what + (reason.empty() ? likely : reason));
+  if (!reason.empty()) return reason;
+  return like.is_cuda() ? ": CUDA out of memory" : ": out of memory";
 }
 
 // An uninitialised tensor of the given shape and strides on the device of `like`.
@@ -52,8 +52,8 @@ inline Tensor allocate_strided(const char* op, const std::vector<int64_t>& sizes
   AtenTensorHandle handle = nullptr;
   if (aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), shim_dtype(dtype),
                                device_type, like.get_device_index(), &handle) != AOTI_TORCH_SUCCESS) {
-    fail_to_allocate(
-        std::string(op) + ": cannot allocate a " + dtype_name(dtype) + " tensor of shape " + shape_text(sizes), like);
+    fail(op,
+         "cannot allocate a " + dtype_name(dtype) + " tensor of shape " + shape_text(sizes) + reason_of_failure(like));
   }
   Tensor tensor(handle);
   if (!like.is_cuda()) ask_for_huge_pages(tensor);
@@ -71,14 +71,15 @@ inline Tensor allocate(const char* op, const std::vector<int64_t>& sizes, Scalar
   return allocate_strided(op, sizes, strides, dtype, like);
 }
 
-// A copy that torch makes. Where it cannot, memory is short, as with a view of one row that is expanded to millions.
+// A copy that torch makes. Mostly where it cannot memory is short, as for a view of one row that is expanded to
+// millions. The entry of the op puts its name before the text, see register.h.
 template <class Copy>
 Tensor copied(const Tensor& tensor, const Copy& copy) {
   try {
     return copy();
   } catch (const std::runtime_error&) {
-    fail_to_allocate("cannot copy a " + dtype_name(tensor.scalar_type()) + " tensor of shape " + shape_text(tensor),
-                     tensor);
+    throw WithoutOp("cannot copy a " + dtype_name(tensor.scalar_type()) + " tensor of shape " + shape_text(tensor) +
+                    reason_of_failure(tensor));
   }
 }
 

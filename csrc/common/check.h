@@ -28,6 +28,12 @@ using torch::stable::Tensor;
   throw std::runtime_error(std::string(op) + ": " + text);
 }
 
+// An error whose text lacks the name of the op, which its entry adds.
+class WithoutOp : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // ": " and the text of the error that a call into PyTorch has just returned. Empty before torch 2.13, which has no
 // function for it (the error is on stderr there).
 inline std::string last_torch_error() {

@@ -1,4 +1,4 @@
-// From a tensor's dtype and device to the code that handles it, and the registration of ops.
+// From a tensor's dtype and device to the code that handles it.
 //
 // An op has one entry function for both devices. It checks, allocates, and then runs the CPU loop or the launch:
 //
@@ -7,13 +7,11 @@
 //       if (on_gpu("area", boxes)) return area_cuda(boxes);   // needs DETOPS_GPU_ONLY(...) around the call
 //       ...
 //     }
-//     STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) { m.def("area(Tensor boxes) -> Tensor"); }
-//     DETOPS_REGISTER(m) { m.impl("area", TORCH_BOX(&area)); }
+//     DETOPS_OPS(ops) { ops.add<&area>("area(Tensor boxes) -> Tensor"); }   // see register.h
 #pragma once
 
 #include <type_traits>
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include "common/check.h"
@@ -43,7 +41,7 @@ void dispatch_compute_type(ScalarType dtype, Body&& body) {
   return body(TypeTag<float>{});
 }
 
-// Calls `body` with constants that say which of two gradients are wanted. One that is not is null.
+// Calls `body` with constants that say which of two gradients are wanted: those that are not null. Not if none is.
 template <class Body>
 void dispatch_wanted(const Tensor* first, const Tensor* second, Body&& body) {
   if (first != nullptr && second != nullptr) return body(std::true_type{}, std::true_type{});
@@ -51,8 +49,8 @@ void dispatch_wanted(const Tensor* first, const Tensor* second, Body&& body) {
   if (second != nullptr) return body(std::false_type{}, std::true_type{});
 }
 
-// Where to write a gradient: null where it is not wanted, as the tensor then is, and where it is empty, as that of no
-// boxes. So the tensor says whether it is wanted, and a null pointer may only guard the rows that would be written.
+// Where to write a gradient. The pointer is null if the gradient is not wanted, but also if it is empty, since an empty
+// tensor has no memory: only the tensor says whether it is wanted.
 template <class T>
 T* data_if_wanted(const Tensor* tensor) {
   return tensor == nullptr ? nullptr : tensor->mutable_data_ptr<T>();
@@ -87,19 +85,3 @@ inline bool on_gpu([[maybe_unused]] const char* op, [[maybe_unused]] const Tenso
 }
 
 }  // namespace DETOPS_NAMESPACE
-
-// Registers entries for the devices of this library; see the example at the top.
-#define DETOPS_REGISTER(m) DETOPS_REGISTER_UNIQUE(m, C10_UID)
-#define DETOPS_REGISTER_UNIQUE(m, uid) DETOPS_REGISTER_IMPL(m, C10_CONCATENATE(register_ops_, uid))
-#if defined(DETOPS_EMULATED)
-#define DETOPS_REGISTER_IMPL(m, name)                                         \
-  static void name(torch::stable::detail::StableLibrary& m);                  \
-  STABLE_TORCH_LIBRARY_IMPL(detops_emulated, CPU, library) { name(library); } \
-  static void name(torch::stable::detail::StableLibrary& m)
-#else
-#define DETOPS_REGISTER_IMPL(m, name)                                 \
-  static void name(torch::stable::detail::StableLibrary& m);          \
-  STABLE_TORCH_LIBRARY_IMPL(detops, CPU, library) { name(library); }  \
-  STABLE_TORCH_LIBRARY_IMPL(detops, CUDA, library) { name(library); } \
-  static void name(torch::stable::detail::StableLibrary& m)
-#endif

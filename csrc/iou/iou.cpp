@@ -7,6 +7,7 @@
 #include "common/allocate.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "iou/iou_ops.h"
 
 namespace DETOPS_NAMESPACE {
@@ -260,16 +261,11 @@ std::tuple<Tensor, Tensor> box_iou_backward(const Tensor& grad, const Tensor& bo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("box_iou(Tensor boxes1, Tensor boxes2, int kind, bool aligned, float eps) -> Tensor");
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&box_iou>("box_iou(Tensor boxes1, Tensor boxes2, int kind, bool aligned, float eps) -> Tensor");
+  ops.add<&box_iou_backward>(
       "box_iou_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, bool aligned, float eps, "
       "bool boxes1_wanted=True, bool boxes2_wanted=True) -> (Tensor, Tensor)");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("box_iou", TORCH_BOX(&box_iou));
-  m.impl("box_iou_backward", TORCH_BOX(&box_iou_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

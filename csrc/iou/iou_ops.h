@@ -38,7 +38,7 @@ struct IouBoxes {
   }
 };
 
-// Half and integer boxes were made float32 by the caller: they are few beside the pairs.
+// The caller has made half and integer boxes float32: they are few compared with the pairs.
 inline IouShape check_iou_boxes(const char* op, const Tensor& boxes1, const Tensor& boxes2, bool aligned,
                                 int64_t coordinates = 4) {
   const auto check_last = [&](const char* argument, const Tensor& boxes, const char* rows) {

@@ -3,6 +3,7 @@
 #include <optional>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "iou/iou_ops.h"
 
 namespace DETOPS_NAMESPACE {
@@ -114,10 +115,6 @@ std::tuple<Tensor, Tensor> max_iou(const Tensor& boxes1, const Tensor& boxes2, c
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("max_iou(Tensor boxes1, Tensor boxes2, Tensor? valid) -> (Tensor, Tensor)");
-}
-
-DETOPS_REGISTER(m) { m.impl("max_iou", TORCH_BOX(&max_iou)); }
+DETOPS_OPS(ops) { ops.add<&max_iou>("max_iou(Tensor boxes1, Tensor boxes2, Tensor? valid) -> (Tensor, Tensor)"); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -4,6 +4,7 @@
 #include <memory>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "iou/iou_ops.h"
 
 namespace DETOPS_NAMESPACE {
@@ -74,10 +75,6 @@ Tensor rotated_box_iou(const Tensor& boxes1, const Tensor& boxes2, bool aligned)
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("rotated_box_iou(Tensor boxes1, Tensor boxes2, bool aligned) -> Tensor");
-}
-
-DETOPS_REGISTER(m) { m.impl("rotated_box_iou", TORCH_BOX(&rotated_box_iou)); }
+DETOPS_OPS(ops) { ops.add<&rotated_box_iou>("rotated_box_iou(Tensor boxes1, Tensor boxes2, bool aligned) -> Tensor"); }
 
 }  // namespace DETOPS_NAMESPACE

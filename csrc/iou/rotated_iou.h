@@ -85,7 +85,7 @@ DETOPS_HD unsigned of_next(unsigned bits, int size) { return bits >> 1 | (bits &
 
 // Of the vertices inside, those around the one furthest inside, up to the first on either side that is not.
 template <class T>
-DETOPS_HD unsigned deepest_run(const Vertices<T>& x, int size, T sign, T limit, unsigned inside) {
+DETOPS_HD unsigned deepest_run(const Vertices<T>& x, int size, T sign, unsigned inside) {
   int deepest = -1;
   for (int i = 0; i < size; ++i) {
     if ((inside >> i & 1u) != 0 && (deepest < 0 || sign * x[i] < sign * x[deepest])) deepest = i;
@@ -112,7 +112,7 @@ DETOPS_HD bool clip(const Vertices<T>& x, const Vertices<T>& y, int size, T sign
   unsigned crossed = inside ^ of_next(inside, size);
   const unsigned after_first = crossed & (crossed - 1);
   if ((after_first & (after_first - 1)) != 0) {
-    inside = deepest_run(x, size, sign, limit, inside);
+    inside = deepest_run(x, size, sign, inside);
     crossed = inside ^ of_next(inside, size);
   }
   for (int i = 0; i < size; ++i, inside >>= 1, crossed >>= 1) {

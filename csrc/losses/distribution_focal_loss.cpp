@@ -1,6 +1,7 @@
 // distribution_focal_loss: schema, checks, and the CPU kernels.
 #include "losses/distribution_focal_loss.h"
 
+#include "common/register.h"
 #include "common/softmax_cpu.h"
 #include "losses/loss_cpu.h"
 
@@ -136,14 +137,10 @@ Tensor distribution_focal_loss_backward(const Tensor& grad, const Tensor& inputs
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("distribution_focal_loss(Tensor inputs, Tensor targets, int reduction) -> Tensor");
-  m.def("distribution_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, int reduction) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("distribution_focal_loss", TORCH_BOX(&distribution_focal_loss));
-  m.impl("distribution_focal_loss_backward", TORCH_BOX(&distribution_focal_loss_backward));
+DETOPS_OPS(ops) {
+  ops.add<&distribution_focal_loss>("distribution_focal_loss(Tensor inputs, Tensor targets, int reduction) -> Tensor");
+  ops.add<&distribution_focal_loss_backward>(
+      "distribution_focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, int reduction) -> Tensor");
 }
 
 }  // namespace DETOPS_NAMESPACE

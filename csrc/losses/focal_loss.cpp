@@ -1,5 +1,6 @@
 // sigmoid, quality and varifocal loss: schema, checks, and the CPU kernels.
 #include "losses/focal_loss.h"
+#include "common/register.h"
 
 #include <algorithm>
 #include <optional>
@@ -188,18 +189,13 @@ Tensor focal_loss_backward(const Tensor& grad, const Tensor& inputs, const Tenso
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&focal_loss>(
       "focal_loss(Tensor inputs, Tensor targets, Tensor? scores, int kind, float alpha, float exponent, "
       "int reduction) -> Tensor");
-  m.def(
+  ops.add<&focal_loss_backward>(
       "focal_loss_backward(Tensor grad, Tensor inputs, Tensor targets, Tensor? scores, int kind, float alpha, "
       "float exponent, int reduction) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("focal_loss", TORCH_BOX(&focal_loss));
-  m.impl("focal_loss_backward", TORCH_BOX(&focal_loss_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

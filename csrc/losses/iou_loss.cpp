@@ -1,5 +1,6 @@
 // The IoU losses: schema, checks, and the CPU kernels.
 #include "losses/iou_loss.h"
+#include "common/register.h"
 
 #include <tuple>
 #include <type_traits>
@@ -143,16 +144,11 @@ std::tuple<Tensor, Tensor> iou_loss_backward(const Tensor& grad, const Tensor& b
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("iou_loss(Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction) -> Tensor");
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&iou_loss>("iou_loss(Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction) -> Tensor");
+  ops.add<&iou_loss_backward>(
       "iou_loss_backward(Tensor grad, Tensor boxes1, Tensor boxes2, int kind, float eps, int reduction, "
       "bool boxes1_wanted=True, bool boxes2_wanted=True) -> (Tensor, Tensor)");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("iou_loss", TORCH_BOX(&iou_loss));
-  m.impl("iou_loss_backward", TORCH_BOX(&iou_loss_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -54,7 +54,8 @@ struct LossParts {
   // True where the formulas serve as they stand: some area, and nothing that overflows. Few pairs are not ordinary.
   DETOPS_HD bool ordinary() const {
     const T centres = centre_x + centre_y;
-    return (union_area > T(0)) & (around_width < kMostSide<T>)&(around_height < kMostSide<T>)&(centres == centres);
+    const bool small = max_of(around_width, around_height) < kMostSide<T>;
+    return (union_area > T(0)) & small & (centres == centres);
   }
 };
 
@@ -156,9 +157,9 @@ DETOPS_HD T loss_of_parts(const LossParts<T>& parts, T eps) {
   return distance;
 }
 
-// The unit of length in which a pair is computed, and eps. For finite boxes with coordinates beyond kMostSide a power
-// of two that brings them below: losses do not depend on the unit, and beside such boxes eps is nothing. There it is
-// what keeps quotients by it finite.
+// The unit of length in which a pair is computed, and eps. Where a finite coordinate is beyond kMostSide / 2, so that a
+// side may be beyond kMostSide, the unit is a power of two that brings all sides below. Losses do not depend on the
+// unit. Next to such boxes eps is negligible; the scaled one is as large as keeps quotients by it finite.
 template <class T>
 struct LossScale {
   T unit, eps;
@@ -170,7 +171,7 @@ DETOPS_HD LossScale<T> loss_scale(const Box<T>& a, const Box<T>& b, T eps) {
   const T high = max_of(max_of(max_of(a.x1, a.x2), max_of(a.y1, a.y2)), max_of(max_of(b.x1, b.x2), max_of(b.y1, b.y2)));
   const T low = min_of(min_of(min_of(a.x1, a.x2), min_of(a.y1, a.y2)), min_of(min_of(b.x1, b.x2), min_of(b.y1, b.y2)));
   const T largest = max_of(high, -low);
-  if (!(largest > kMostSide<T> && largest <= std::numeric_limits<T>::max())) return {T(1), eps};
+  if (!(largest > kMostSide<T> / 2 && largest <= std::numeric_limits<T>::max())) return {T(1), eps};
   return {static_cast<T>(single ? 0x1p-68 : 0x1p-524), static_cast<T>(single ? 0x1p-64 : 0x1p-510)};
 }
 

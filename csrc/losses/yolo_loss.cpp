@@ -1,5 +1,6 @@
 // yolo_loss: schema, checks, and the CPU kernels.
 #include "losses/yolo_loss.h"
+#include "common/register.h"
 
 #include "losses/loss_cpu.h"
 
@@ -100,17 +101,12 @@ Tensor yolo_loss_backward(const Tensor& grad, const Tensor& predictions, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&yolo_loss>(
       "yolo_loss(Tensor predictions, Tensor targets, float lambda_coord, float lambda_noobj, int reduction) -> Tensor");
-  m.def(
+  ops.add<&yolo_loss_backward>(
       "yolo_loss_backward(Tensor grad, Tensor predictions, Tensor targets, float lambda_coord, float lambda_noobj, "
       "int reduction) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("yolo_loss", TORCH_BOX(&yolo_loss));
-  m.impl("yolo_loss_backward", TORCH_BOX(&yolo_loss_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

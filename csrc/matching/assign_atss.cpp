@@ -7,6 +7,7 @@
 
 #include "common/counted.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -120,7 +121,6 @@ void assign_atss_cpu(const MatchInputs& inputs, const AtssLevels& levels, int64_
   const T* const gt_boxes = inputs.gt_boxes.const_data_ptr<T>();
   const bool* const valid = bool_data(inputs.gt_valid);
   const int64_t boxes = inputs.images * inputs.gts;
-  const WithSubnormals scope;
   std::vector<Centres<T>> centres;
   for (int64_t image = 0; image < (inputs.anchor_stride == 0 ? 1 : inputs.images); ++image) {
     centres.emplace_back(anchors + image * inputs.anchor_stride, levels);
@@ -204,12 +204,10 @@ std::tuple<Tensor, Tensor> assign_atss(const Tensor& anchors, std::vector<int64_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&assign_atss>(
       "assign_atss(Tensor anchors, SymInt[] level_sizes, Tensor gt_boxes, Tensor? gt_valid, int topk) -> "
       "(Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("assign_atss", TORCH_BOX(&assign_atss)); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -1,5 +1,6 @@
 // linear_sum_assignment: schema, checks, and the CPU loop over problems.
 #include "matching/linear_sum_assignment.h"
+#include "common/register.h"
 
 #include <memory>
 #include <vector>
@@ -110,10 +111,8 @@ Tensor linear_sum_assignment(const Tensor& cost, const std::optional<Tensor>& nu
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("linear_sum_assignment(Tensor cost, Tensor? num_targets, int invalid=0) -> Tensor");
+DETOPS_OPS(ops) {
+  ops.add<&linear_sum_assignment>("linear_sum_assignment(Tensor cost, Tensor? num_targets, int invalid=0) -> Tensor");
 }
-
-DETOPS_REGISTER(m) { m.impl("linear_sum_assignment", TORCH_BOX(&linear_sum_assignment)); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -1,5 +1,6 @@
 // match_detr: schema, checks, and the CPU kernel.
 #include "matching/match_detr.h"
+#include "common/register.h"
 
 #include <memory>
 #include <vector>
@@ -226,13 +227,11 @@ Tensor match_detr(const Tensor& logits, const Tensor& boxes, const Tensor& gt_bo
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&match_detr>(
       "match_detr(Tensor logits, Tensor boxes, Tensor gt_boxes, Tensor gt_labels, Tensor? gt_valid, bool focal, "
       "float class_weight, float l1_weight, float giou_weight, float alpha, float gamma, bool xyxy, int invalid=0) "
       "-> Tensor");
 }
-
-DETOPS_REGISTER(m) { m.impl("match_detr", TORCH_BOX(&match_detr)); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "matching/matching.h"
 
 namespace DETOPS_NAMESPACE {
@@ -44,7 +45,6 @@ template <class S>
 void matcher_cpu(const S* quality, int64_t rows, int64_t columns, const MatchThresholds<ComputeType<S>>& thresholds,
                  bool allow_low_quality, int64_t* indices) {
   using T = ComputeType<S>;
-  const WithSubnormals scope;
   const int64_t tiles = ceil_div<int64_t>(columns, kTile);
   const std::unique_ptr<int32_t[]> own(allow_low_quality ? new int32_t[columns] : nullptr);
   const std::unique_ptr<T[]> tile_best(allow_low_quality ? new T[tiles * rows] : nullptr);
@@ -106,12 +106,10 @@ Tensor matcher(const Tensor& match_quality_matrix, double high_threshold, double
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&matcher>(
       "matcher(Tensor match_quality_matrix, float high_threshold, float low_threshold, "
       "bool allow_low_quality_matches) -> Tensor");
 }
-
-DETOPS_REGISTER(m) { m.impl("matcher", TORCH_BOX(&matcher)); }
 
 }  // namespace DETOPS_NAMESPACE

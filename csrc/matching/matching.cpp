@@ -5,6 +5,7 @@
 
 #include "common/counted.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -339,7 +340,6 @@ std::tuple<Tensor, Tensor> match_max_iou(const Tensor& anchors, const Tensor& gt
   } else {
     dispatch_compute_type(anchors.scalar_type(), [&](auto tag) {
       using T = typename decltype(tag)::type;
-      const WithSubnormals scope;
       MaxIouMatching<T>(inputs, numbers.rounded<T>(), indices.mutable_data_ptr<int64_t>(), ious.mutable_data_ptr<T>())
           .run();
     });
@@ -349,13 +349,11 @@ std::tuple<Tensor, Tensor> match_max_iou(const Tensor& anchors, const Tensor& gt
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&match_max_iou>(
       "match_max_iou(Tensor anchors, Tensor gt_boxes, Tensor? gt_valid, float high_threshold, float low_threshold, "
       "bool allow_low_quality_matches, bool this_gt, float low_quality_min_iou, bool low_quality_all_ties, "
       "Tensor? ignore_boxes, Tensor? ignore_valid, float ignore_threshold) -> (Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("match_max_iou", TORCH_BOX(&match_max_iou)); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -6,6 +6,7 @@
 
 #include "common/counted.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -118,12 +119,10 @@ std::tuple<Tensor, Tensor, Tensor> sample_matches(const Tensor& matches, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&sample_matches>(
       "sample_matches(Tensor matches, Tensor keys, int batch_size_per_image, int most_positives) -> "
       "(Tensor, Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("sample_matches", TORCH_BOX(&sample_matches)); }
 
 }  // namespace DETOPS_NAMESPACE

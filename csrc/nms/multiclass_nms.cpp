@@ -8,6 +8,7 @@
 #include "common/allocate.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "common/sort_cpu.h"
 #include "nms/kept_boxes_cpu.h"
 #include "nms/nms.h"
@@ -261,12 +262,10 @@ Detections multiclass_nms(const Tensor& boxes, const Tensor& scores, double iou_
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&multiclass_nms>(
       "multiclass_nms(Tensor boxes, Tensor scores, float iou_threshold, float score_threshold, int max_detections, "
       "int? max_candidates, bool class_agnostic) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("multiclass_nms", TORCH_BOX(&multiclass_nms)); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -9,6 +9,7 @@
 #include "common/allocate.h"
 #include "common/dispatch.h"
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 #include "common/sort_cpu.h"
 #include "nms/kept_boxes_cpu.h"
 
@@ -214,16 +215,10 @@ Tensor nms_rotated(const Tensor& boxes, const Tensor& scores, double iou_thresho
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
-  m.def("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
-  m.def("nms_rotated(Tensor boxes, Tensor scores, float iou_threshold, Tensor? idxs) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("nms", TORCH_BOX(&nms));
-  m.impl("batched_nms", TORCH_BOX(&batched_nms));
-  m.impl("nms_rotated", TORCH_BOX(&nms_rotated));
+DETOPS_OPS(ops) {
+  ops.add<&nms>("nms(Tensor boxes, Tensor scores, float iou_threshold) -> Tensor");
+  ops.add<&batched_nms>("batched_nms(Tensor boxes, Tensor scores, Tensor idxs, float iou_threshold) -> Tensor");
+  ops.add<&nms_rotated>("nms_rotated(Tensor boxes, Tensor scores, float iou_threshold, Tensor? idxs) -> Tensor");
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -42,8 +42,8 @@ inline void check_iou_threshold(const char* op, double iou_threshold) {
   fail(op, "iou_threshold must be at least 0, got " + std::to_string(iou_threshold));
 }
 
-// Whether boxes can suppress each other at all: no IoU exceeds 1, computed or exact. The computed intersection is at
-// most each of both areas, and what rounding leaves of their sum less the intersection is then at least that.
+// Whether boxes can suppress each other at all: no IoU exceeds 1, computed or exact. The computed intersection i is
+// at most each of the areas a and b, so that fl(fl(a + b) - i) >= i.
 inline bool decides(double iou_threshold) { return iou_threshold < 1; }
 
 // The decision: the box that ranks first drops the other. Strict, and false where the IoU is NaN.

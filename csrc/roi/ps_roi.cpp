@@ -1,5 +1,6 @@
 // ps_roi_align, ps_roi_pool and their gradients: schema, checks, and the CPU kernels.
 #include "roi/ps_roi.h"
+#include "common/register.h"
 
 #include "roi/roi_cpu.h"
 
@@ -210,24 +211,18 @@ Tensor ps_roi_pool_backward(const Tensor& grad, const Tensor& boxes, std::vector
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&ps_roi_align>(
       "ps_roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x, "
       "int sampling_ratio) -> Tensor");
-  m.def(
+  ops.add<&ps_roi_align_backward>(
       "ps_roi_align_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float spatial_scale, SymInt bins_y, "
       "SymInt bins_x, int sampling_ratio, bool channels_last) -> Tensor");
-  m.def("ps_roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x) -> Tensor");
-  m.def(
+  ops.add<&ps_roi_pool>(
+      "ps_roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x) -> Tensor");
+  ops.add<&ps_roi_pool_backward>(
       "ps_roi_pool_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float spatial_scale, SymInt bins_y, "
       "SymInt bins_x, bool channels_last) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("ps_roi_align", TORCH_BOX(&ps_roi_align));
-  m.impl("ps_roi_align_backward", TORCH_BOX(&ps_roi_align_backward));
-  m.impl("ps_roi_pool", TORCH_BOX(&ps_roi_pool));
-  m.impl("ps_roi_pool_backward", TORCH_BOX(&ps_roi_pool_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -20,23 +20,23 @@ __global__ void ps_roi_kernel(RoiTensors<ComputeType<S>, const S> map, const Com
   const int channels = map.shape.channels, bins = options.bins_y * options.bins_x;
   const MapStrides strides(map.channels_last, map.shape.levels[0].height, map.shape.levels[0].width, channels);
   const S* const image = map.image(0, max(place.image, 0));
-  const int end = min((static_cast<int>(blockIdx.y) + 1) * slice, channels);
-  for (int c = blockIdx.y * slice + threadIdx.x; c < end; c += kRoiThreads) {
-    const int bin = c % bins, p = bin / options.bins_x, q = bin - p * options.bins_x;
-    T sum = T(0);
-    if (filled) {
-      for (int r = 0; r < taps.y_count(p); ++r) {
-        const Tap<T> y = taps.y(p)[r];
-        for (int s = 0; s < taps.x_count(q); ++s) {
-          const Tap<T> x = taps.x(q)[s];
-          const S value = image[y.pixel * strides.row + x.pixel * strides.column + c * strides.channel];
-          sum = fma(y.weight * x.weight, static_cast<T>(value), sum);
-        }
-      }
-    } else {
-      sum = average_of_bin(place, p, q, image + c * strides.channel, strides);
-    }
-    out[roi * channels + bin_offset(map.channels_last, c / bins, bin, channels / bins, bins)] = static_cast<S>(sum);
+  const auto pool = [&](int c) {
+    const int bin = c % bins;
+    const T average = taps.average(bin / options.bins_x, bin % options.bins_x, image + c * strides.channel, strides);
+    out[roi * channels + bin_offset(map.channels_last, c / bins, bin, channels / bins, bins)] = static_cast<S>(average);
+  };
+  const int begin = static_cast<int>(blockIdx.y) * slice, end = min(begin + slice, channels);
+  if (filled) {
+    for (int c = begin + threadIdx.x; c < end; c += kRoiThreads) pool(c);
+    return;
+  }
+  for (int bin = 0; bin < bins; ++bin) {
+    taps.fill_one(place, bin / options.bins_x, bin % options.bins_x);
+    __syncthreads();
+    // The channels of this bin, from the first in the slice.
+    const int first = begin + (bin - begin % bins + bins) % bins;
+    for (int c = first + threadIdx.x * bins; c < end; c += kRoiThreads * bins) pool(c);
+    __syncthreads();
   }
 }
 

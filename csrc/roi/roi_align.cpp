@@ -1,5 +1,6 @@
 // roi_align (average), multi_scale_roi_align and their gradients: schema and checks.
 #include "roi/roi_align.h"
+#include "common/register.h"
 
 #include <cmath>
 #include <limits>
@@ -38,13 +39,10 @@ RoiTensors<T, V> roi_align_tensors(const Sizes& sizes, const Pyramid& pyramid, b
 }
 
 // As many scales as maps, whose number there is room for, and all of them the scale of something.
-void check_pyramid(const char* op, const char* argument, size_t maps, const Pyramid& pyramid) {
+void check_scales(const char* op, const Pyramid& pyramid) {
+  const size_t maps = pyramid.scales.size();
   if (maps == 0 || maps > kMostLevels) {
-    fail(op, std::string(argument) + " must be 1 to 8 maps, got " + std::to_string(maps));
-  }
-  if (pyramid.scales.size() != maps) {
-    fail(op, "spatial_scales must have one value for each of the " + std::to_string(maps) + " maps, got " +
-                 std::to_string(pyramid.scales.size()));
+    fail(op, "spatial_scales must be those of 1 to 8 maps, got " + std::to_string(maps));
   }
   for (double scale : pyramid.scales) {
     if (scale > 0.0 && is_finite(scale)) continue;
@@ -54,7 +52,14 @@ void check_pyramid(const char* op, const char* argument, size_t maps, const Pyra
 
 // The sizes of maps that fit together.
 Sizes check_maps(const char* op, const char* argument, const std::vector<Tensor>& input, const Pyramid& pyramid) {
-  check_pyramid(op, argument, input.size(), pyramid);
+  if (input.empty() || input.size() > kMostLevels) {
+    fail(op, std::string(argument) + " must be 1 to 8 maps, got " + std::to_string(input.size()));
+  }
+  if (pyramid.scales.size() != input.size()) {
+    fail(op, "spatial_scales must have one value for each of the " + std::to_string(input.size()) + " maps, got " +
+                 std::to_string(pyramid.scales.size()));
+  }
+  check_scales(op, pyramid);
   const Tensor& first = input[0];
   Sizes sizes;
   for (const Tensor& map : input) {
@@ -104,7 +109,7 @@ Tensor pool_maps(const char* op, const char* argument, const std::vector<Tensor>
 
 std::vector<Tensor> pool_maps_backward(const char* op, const Tensor& grad, const Tensor& boxes, const Sizes& sizes,
                                        const Pyramid& pyramid, const RoiOptions& options, bool channels_last) {
-  check_pyramid(op, "sizes", pyramid.scales.size(), pyramid);
+  check_scales(op, pyramid);
   check_map_sizes(op, sizes, pyramid.scales.size());
   check_floating(op, "grad", grad);
   check_roi_boxes(op, boxes, 5, "grad", grad);
@@ -166,27 +171,20 @@ std::vector<Tensor> multi_scale_roi_align_backward(const Tensor& grad, const Ten
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&roi_align>(
       "roi_align(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x, int sampling_ratio, "
       "bool aligned) -> Tensor");
-  m.def(
+  ops.add<&roi_align_backward>(
       "roi_align_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float spatial_scale, SymInt bins_y, "
       "SymInt bins_x, int sampling_ratio, bool aligned, bool channels_last) -> Tensor");
-  m.def(
+  ops.add<&multi_scale_roi_align>(
       "multi_scale_roi_align(Tensor[] features, Tensor boxes, float[] spatial_scales, SymInt bins_y, SymInt bins_x, "
       "int sampling_ratio, bool aligned, float canonical_scale, int canonical_level) -> Tensor");
-  m.def(
+  ops.add<&multi_scale_roi_align_backward>(
       "multi_scale_roi_align_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float[] spatial_scales, "
       "SymInt bins_y, SymInt bins_x, int sampling_ratio, bool aligned, float canonical_scale, int canonical_level, "
       "bool channels_last) -> Tensor[]");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("roi_align", TORCH_BOX(&roi_align));
-  m.impl("roi_align_backward", TORCH_BOX(&roi_align_backward));
-  m.impl("multi_scale_roi_align", TORCH_BOX(&multi_scale_roi_align));
-  m.impl("multi_scale_roi_align_backward", TORCH_BOX(&multi_scale_roi_align_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

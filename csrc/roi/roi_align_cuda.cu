@@ -92,10 +92,15 @@ __global__ void roi_align_kernel(RoiTensors<ComputeType<S>, const S> maps, const
   S* const result = out + roi * channels * bins;
   if (!filled) {
     const MapStrides strides(maps.channels_last, maps.shape.levels[place.level].height, width, channels);
-    for (int i = threadIdx.x; i < count * bins; i += kRoiThreads) {
-      const int c = first + i / bins, bin = i % bins;
-      result[bin_offset(maps.channels_last, c, bin, channels, bins)] = static_cast<S>(
-          average_of_bin(place, bin / options.bins_x, bin % options.bins_x, map + c * strides.channel, strides));
+    for (int bin = 0; bin < bins; ++bin) {
+      const int p = bin / options.bins_x, q = bin % options.bins_x;
+      taps.fill_one(place, p, q);
+      __syncthreads();
+      for (int c = first + threadIdx.x; c < first + count; c += kRoiThreads) {
+        result[bin_offset(maps.channels_last, c, bin, channels, bins)] =
+            static_cast<S>(taps.average(p, q, map + c * strides.channel, strides));
+      }
+      __syncthreads();
     }
     return;
   }

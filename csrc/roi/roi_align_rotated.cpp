@@ -1,6 +1,7 @@
 // roi_align_rotated and its gradient: schema, checks, and the CPU kernels. The pixels and weights of a RoI are listed
 // once for many channels, but never all at once: a bin may have millions of them.
 #include "roi/roi_align_rotated.h"
+#include "common/register.h"
 
 #include "roi/eight_cpu.h"
 #include "roi/roi_cpu.h"
@@ -321,18 +322,13 @@ Tensor roi_align_rotated_backward(const Tensor& grad, const Tensor& boxes, std::
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&roi_align_rotated>(
       "roi_align_rotated(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x, "
       "int sampling_ratio) -> Tensor");
-  m.def(
+  ops.add<&roi_align_rotated_backward>(
       "roi_align_rotated_backward(Tensor grad, Tensor boxes, SymInt[] sizes, float spatial_scale, SymInt bins_y, "
       "SymInt bins_x, int sampling_ratio, bool channels_last) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("roi_align_rotated", TORCH_BOX(&roi_align_rotated));
-  m.impl("roi_align_rotated_backward", TORCH_BOX(&roi_align_rotated_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

@@ -81,37 +81,54 @@ struct SharedTaps {
     }
     __syncthreads();
     if (begins[bins] > most) return false;
-    for (int i = threadIdx.x; i < bins; i += kRoiThreads) {
-      const Counted<Tap<T>> of_bin("roi", "taps of a bin", taps + begins[i], counts[i]);
-      int count = 0;
-      const auto add = [&](int pixel, T weight) { of_bin[count++] = {pixel, weight}; };
-      if (i < bins_y) {
-        for_each_tap(place.y, i, add);
-      } else {
-        for_each_tap(place.x, i - bins_y, add);
-      }
-      counts[i] = count;
-    }
+    for (int i = threadIdx.x; i < bins; i += kRoiThreads) list(place, i, begins[i], counts[i]);
     return true;
+  }
+
+  // The taps of bins p and q alone, for which there is room in any case: most_taps is at least the bound of one bin. By
+  // all threads of the block, between two barriers.
+  __device__ void fill_one(const RoiPlace<T>& place, int p, int q) {
+    if (threadIdx.x >= 2) return;
+    const int y_taps = static_cast<int>(most_taps_of_bin(place.y, p));
+    const int bin = threadIdx.x == 0 ? p : bins_y + q, begin = threadIdx.x == 0 ? 0 : y_taps;
+    begins[bin] = begin;
+    list(place, bin, begin, most - begin);
   }
 
   __device__ const Tap<T>* y(int p) const { return taps + begins[p]; }
   __device__ const Tap<T>* x(int p) const { return taps + begins[bins_y + p]; }
   __device__ int y_count(int p) const { return counts[p]; }
   __device__ int x_count(int p) const { return counts[bins_y + p]; }
-};
 
-// Bin (p, q) of a RoI that has too many taps for SharedTaps, in one plane.
-template <class T, class S>
-__device__ inline T average_of_bin(const RoiPlace<T>& place, int p, int q, const S* plane, const MapStrides& strides) {
-  T sum = T(0);
-  for_each_tap(place.y, p, [&](int row, T y) {
-    for_each_tap(place.x, q, [&](int column, T x) {
-      sum = fma(y * x, static_cast<T>(plane[row * strides.row + column * strides.column]), sum);
-    });
-  });
-  return sum;
-}
+  // What bin (p, q) averages in one plane.
+  template <class S>
+  __device__ T average(int p, int q, const S* plane, const MapStrides& strides) const {
+    T sum = T(0);
+    for (int r = 0; r < y_count(p); ++r) {
+      const Tap<T> row = y(p)[r];
+      for (int s = 0; s < x_count(q); ++s) {
+        const Tap<T> column = x(q)[s];
+        const S value = plane[row.pixel * strides.row + column.pixel * strides.column];
+        sum = fma(row.weight * column.weight, static_cast<T>(value), sum);
+      }
+    }
+    return sum;
+  }
+
+ private:
+  // Writes the taps of a bin, of which there are `room` at most, and counts them.
+  __device__ void list(const RoiPlace<T>& place, int bin, int begin, int room) {
+    const Counted<Tap<T>> of_bin("roi", "taps of a bin", taps + begin, room);
+    int count = 0;
+    const auto add = [&](int pixel, T weight) { of_bin[count++] = {pixel, weight}; };
+    if (bin < bins_y) {
+      for_each_tap(place.y, bin, add);
+    } else {
+      for_each_tap(place.x, bin - bins_y, add);
+    }
+    counts[bin] = count;
+  }
+};
 
 // The room that SharedTaps needs on these maps, but for huge RoIs: see most_taps.
 template <class T>

@@ -1,5 +1,6 @@
 // roi_pool, roi_align in mode "max", and their gradients: schema, checks, and the CPU kernels other than roi_pool's.
 #include "roi/roi_max.h"
+#include "common/register.h"
 
 #include <tuple>
 #include <vector>
@@ -184,26 +185,19 @@ Tensor roi_align_max_backward(const Tensor& grad, const Tensor& winners, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&roi_pool>(
       "roi_pool(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x, bool keep_winners) -> "
       "(Tensor, Tensor)");
-  m.def(
+  ops.add<&roi_pool_backward>(
       "roi_pool_backward(Tensor grad, Tensor winners, Tensor boxes, SymInt[] sizes, float spatial_scale, "
       "SymInt bins_y, SymInt bins_x, bool channels_last) -> Tensor");
-  m.def(
+  ops.add<&roi_align_max>(
       "roi_align_max(Tensor input, Tensor boxes, float spatial_scale, SymInt bins_y, SymInt bins_x, "
       "int sampling_ratio, bool aligned, bool keep_winners) -> (Tensor, Tensor)");
-  m.def(
+  ops.add<&roi_align_max_backward>(
       "roi_align_max_backward(Tensor grad, Tensor winners, Tensor boxes, SymInt[] sizes, float spatial_scale, "
       "SymInt bins_y, SymInt bins_x, int sampling_ratio, bool aligned, bool channels_last) -> Tensor");
-}
-
-DETOPS_REGISTER(m) {
-  m.impl("roi_pool", TORCH_BOX(&roi_pool));
-  m.impl("roi_pool_backward", TORCH_BOX(&roi_pool_backward));
-  m.impl("roi_align_max", TORCH_BOX(&roi_align_max));
-  m.impl("roi_align_max_backward", TORCH_BOX(&roi_align_max_backward));
 }
 
 }  // namespace DETOPS_NAMESPACE

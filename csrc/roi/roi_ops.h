@@ -61,7 +61,7 @@ inline void check_roi_boxes(const char* op, const Tensor& boxes, int64_t columns
   check_shape(op, "boxes", boxes, "[K, " + std::to_string(columns) + "]", {-1, columns});
   const ScalarType dtype = compute_dtype(map.scalar_type());
   if (boxes.scalar_type() != dtype) {
-    fail(op, "boxes must be " + dtype_name(dtype) + " beside " + argument + " of " + dtype_name(map.scalar_type()) +
+    fail(op, "boxes must be " + dtype_name(dtype) + " for " + argument + " of " + dtype_name(map.scalar_type()) +
                  ", got " + dtype_name(boxes.scalar_type()));
   }
   check_same_device(op, "boxes", boxes, argument, map);
@@ -72,7 +72,7 @@ inline void check_roi_boxes(const char* op, const Tensor& boxes, int64_t columns
 template <class T>
 void check_images(const char* op, const T* boxes, int64_t count, int64_t columns, int64_t images) {
   if (count > 0 && images == 0) {
-    fail(op, "boxes must be none beside an input of 0 images, got " + std::to_string(count));
+    fail(op, "boxes must be empty for an input of 0 images, got " + std::to_string(count));
   }
   for (int64_t i = 0; i < count; ++i) {
     if (image_of(boxes[i * columns], static_cast<int>(images)) >= 0) continue;

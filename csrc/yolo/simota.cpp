@@ -1,5 +1,6 @@
 // assign_simota: schema, checks, and the CPU kernel.
 #include "yolo/simota.h"
+#include "common/register.h"
 
 #include <algorithm>
 #include <vector>
@@ -341,13 +342,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_simota(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&assign_simota>(
       "assign_simota(Tensor pred_logits, Tensor pred_objectness, Tensor pred_boxes, Tensor anchor_points, "
       "Tensor anchor_strides, Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, float center_radius, int topk, "
       "float iou_weight, bool dense_scores, int rule=0) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("assign_simota", TORCH_BOX(&assign_simota)); }
 
 }  // namespace DETOPS_NAMESPACE

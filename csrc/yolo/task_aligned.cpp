@@ -1,5 +1,6 @@
 // assign_task_aligned: schema, checks, and the CPU kernel.
 #include "yolo/task_aligned.h"
+#include "common/register.h"
 
 #include <algorithm>
 #include <vector>
@@ -447,14 +448,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_task_aligned(
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&assign_task_aligned>(
       "assign_task_aligned(Tensor pred_scores, Tensor pred_boxes, Tensor anchor_points, Tensor gt_labels, "
       "Tensor gt_boxes, Tensor gt_valid, int topk, int topk2, float alpha, float beta, bool complete, float min_size, "
       "float eps, bool dense_scores, int candidates=0, bool promote_scores=False) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("assign_task_aligned", TORCH_BOX(&assign_task_aligned)); }
 
 }  // namespace DETOPS_NAMESPACE

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -72,12 +73,10 @@ Tensor assign_yolo_grid(const Tensor& gt_boxes, const Tensor& gt_labels, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&assign_yolo_grid>(
       "assign_yolo_grid(Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, Tensor? anchors, int rows, int columns, "
       "int height, int width, int classes) -> Tensor");
 }
-
-DETOPS_REGISTER(m) { m.impl("assign_yolo_grid", TORCH_BOX(&assign_yolo_grid)); }
 
 }  // namespace DETOPS_NAMESPACE

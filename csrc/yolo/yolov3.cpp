@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -200,12 +201,10 @@ std::tuple<Tensor, Tensor, Tensor> assign_yolov3(const Tensor& gt_boxes, const T
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&assign_yolov3>(
       "assign_yolov3(Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, Tensor anchors, int[] heights, int[] widths, "
       "int[] strides, float iou_threshold) -> (Tensor, Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("assign_yolov3", TORCH_BOX(&assign_yolov3)); }
 
 }  // namespace DETOPS_NAMESPACE

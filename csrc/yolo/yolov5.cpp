@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "common/parallel_cpu.h"
+#include "common/register.h"
 
 namespace DETOPS_NAMESPACE {
 namespace {
@@ -124,12 +125,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> assign_yolov5(const Tensor& g
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(DETOPS_NAMESPACE, m) {
-  m.def(
+DETOPS_OPS(ops) {
+  ops.add<&assign_yolov5>(
       "assign_yolov5(Tensor gt_boxes, Tensor gt_labels, Tensor gt_valid, Tensor anchors, int[] heights, int[] widths, "
       "float ratio_threshold) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
-
-DETOPS_REGISTER(m) { m.impl("assign_yolov5", TORCH_BOX(&assign_yolov5)); }
 
 }  // namespace DETOPS_NAMESPACE
