@@ -198,7 +198,7 @@ def _pool_pyramid(
     )
 
 
-def octave_of(map: Sequence[int], image: Sequence[int]) -> int:
+def octave_of(map: Sequence[int], image: Sequence[float]) -> int:
     """log2 of the scale of a map of this size, of images padded from this size: the longer side has the answer."""
     axis = _longer_side(image)
     if not map[axis] > 0 or not image[axis] > 0:
@@ -206,6 +206,6 @@ def octave_of(map: Sequence[int], image: Sequence[int]) -> int:
     return round(math.log2(map[axis] / image[axis]))
 
 
-def _longer_side(image: Sequence[int]) -> int:
+def _longer_side(image: Sequence[float]) -> int:
     """Its axis."""
     return 0 if image[0] >= image[1] else 1
