@@ -9,6 +9,7 @@
     python dev.py lint                      what .pre-commit-config.yaml lists, on all tracked files
     python dev.py format                    formats Python and C++
     python dev.py types                     pyright on detops, whose public names must have types
+    python dev.py docs                      the site, from docs/ and the docstrings: build/site/index.html
     python dev.py tidy [FILE..]             clang-tidy; by default on the C++ that differs from origin/main
     python dev.py sdist [OUTDIR]            the source distribution; needs no torch
     python dev.py wheel [OUTDIR]            the wheel for everybody: any Python, torch from 2.10 on, glibc from 2.28 on,
@@ -105,6 +106,10 @@ def types() -> None:
     run(*pyright, "--verifytypes", "detops", "--ignoreexternal", PYTHONPATH=str(ROOT))
 
 
+def docs() -> None:
+    run(PYTHON, "-m", "mkdocs", "build", NO_MKDOCS_2_WARNING="1")
+
+
 def tidy(*files: str) -> None:
     compile_commands()
     listing = ("git", "diff", "--name-only", "--diff-filter=d", "origin/main", "--", "csrc")
@@ -149,7 +154,7 @@ def libraries(path: Path) -> dict[str, bytes]:
         return {name: archive.read(name) for name in archive.namelist() if ".so" in name}
 
 
-COMMANDS = (setup, build, test, emulate, fuzz, bench, lint, format, types, tidy, sdist, wheel, ci)
+COMMANDS = (setup, build, test, emulate, fuzz, bench, lint, format, types, docs, tidy, sdist, wheel, ci)
 
 
 def main() -> None:
