@@ -91,7 +91,7 @@ _cache = _Cache()
 
 
 class AnchorGenerator(nn.Module):
-    """Anchors of several sizes and aspect ratios at every place of feature maps, with torchvision's call.
+    """Anchors of several sizes and aspect ratios at every place of feature maps, with torchvision's interface.
 
     For each size s and ratio r (height / width) a box of sides s / sqrt(r) and s sqrt(r) around 0, its corners rounded
     to integers, is moved to multiples of the stride: image size // feature map size.
@@ -132,7 +132,7 @@ class AnchorGenerator(nn.Module):
         self.sizes, self.aspect_ratios = _sizes_and_ratios("AnchorGenerator", sizes, aspect_ratios)
 
     def num_anchors_per_location(self) -> list[int]:
-        """For each feature map the number of anchors at each of its places."""
+        """The number of anchors at each place, for each feature map."""
         return [len(s) * len(r) for s, r in zip(self.sizes, self.aspect_ratios, strict=True)]
 
     def extra_repr(self) -> str:
@@ -210,7 +210,7 @@ def grid_anchors(
 
 
 class DefaultBoxGenerator(nn.Module):
-    """The default boxes of SSD, with torchvision's call.
+    """The default boxes of SSD, with torchvision's interface.
 
     Map k of m has the scale s_k = min_ratio + (max_ratio - min_ratio) k / (m - 1) of the image, s_m = 1: at the centre
     of every cell a square of s_k, one of sqrt(s_k s_(k+1)), and for each ratio r boxes of s_k sqrt(r), s_k / sqrt(r)
@@ -277,7 +277,7 @@ class DefaultBoxGenerator(nn.Module):
                 raise ValueError(f"{op}: {argument} must be positive and finite, got {values}")
 
     def num_anchors_per_location(self) -> list[int]:
-        """For each feature map the number of boxes at each of its places."""
+        """The number of boxes at each place, for each feature map."""
         return [2 + 2 * len(ratios) for ratios in self.aspect_ratios]
 
     def extra_repr(self) -> str:
@@ -325,7 +325,7 @@ class DefaultBoxGenerator(nn.Module):
 
 @_library.register_result
 class PointAnchors(NamedTuple):
-    """The points of all levels, one behind the other; see `point_anchors`."""
+    """The points of all levels, one after the other; see `point_anchors`."""
 
     points: Tensor
     """[A, 2] (x, y) in pixels."""

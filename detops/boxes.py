@@ -128,7 +128,7 @@ def box_convert(boxes: Tensor, in_fmt: str, out_fmt: str) -> Tensor:
 
 
 def clip_boxes_to_image(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Moves every coordinate that lies outside an image to its border.
+    """Moves every coordinate that lies outside the image to its border.
 
     Args:
         boxes: [..., 4] xyxy, floating or integer.

@@ -24,7 +24,7 @@ _YOLO_VERSIONS = {"v3": 3, "v5": 5}
 
 
 def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
-    """What a head must learn to turn anchors into boxes: offsets of centres and logarithms of sides.
+    """Encodes boxes relative to anchors, as a head learns them: offsets of centres and logarithms of sides.
 
     With centre and sides (cx, cy, w, h) of a box and (ax, ay, aw, ah) of its anchor:
     (weights[0] (cx - ax) / aw, weights[1] (cy - ay) / ah, weights[2] log(w / aw), weights[3] log(h / ah)).
@@ -60,7 +60,7 @@ def encode_boxes(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0
 def decode_boxes(
     deltas: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0), clip: float = _CLIP
 ) -> Tensor:
-    """Boxes from anchors and what a head says of them: the inverse of `encode_boxes`.
+    """Decodes what a head predicts for anchors into boxes: the inverse of `encode_boxes`.
 
     With d = deltas / weights and centre and sides (ax, ay, aw, ah) of an anchor: centre (ax + d0 aw, ay + d1 ah), sides
     (aw exp(min(d2, clip)), ah exp(min(d3, clip))).
@@ -220,7 +220,7 @@ def decode_ltrb(distances: Tensor, points: Tensor, strides: Tensor | None = None
 
 
 def decode_dfl(logits: Tensor, dim: int = -1) -> Tensor:
-    """The distances that distributions over bins stand for: the mean bin of each softmax.
+    """Decodes distributions over bins into distances: the mean bin of each softmax.
 
     sum_k k softmax(logits)_k over the bins 0, 1, ...
 
@@ -250,7 +250,7 @@ def decode_dfl(logits: Tensor, dim: int = -1) -> Tensor:
 
 @_library.register_result
 class YoloPredictions(NamedTuple):
-    """Decoded outputs of a YOLO head, N rows an image in the order (level, anchor, y, x); see `decode_yolo`."""
+    """Decoded outputs of a YOLO head, N rows per image in the order (level, anchor, y, x); see `decode_yolo`."""
 
     boxes: Tensor
     """[B, N, 4] xyxy in pixels."""

@@ -180,8 +180,8 @@ def efficient_box_iou(boxes1: Tensor, boxes2: Tensor, eps: float = 1e-7, *, alig
 
 
 def box_ioa(boxes1: Tensor, boxes2: Tensor, *, aligned: bool = False) -> Tensor:
-    """Intersection over the area of the first box: how much of it the second one covers. What crowd and ignore regions
-    are matched by.
+    """Intersection over the area of the first box: how much of it the second one covers. Crowd and ignore regions
+    are matched by it.
 
     Args:
         boxes1: [..., N, 4] xyxy.
@@ -207,7 +207,7 @@ def box_ioa(boxes1: Tensor, boxes2: Tensor, *, aligned: bool = False) -> Tensor:
 
 
 def max_iou(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """For each of boxes1 the largest IoU with any of boxes2, and which one that is; the matrix is never made.
+    """For each box of boxes1, the largest IoU with any box of boxes2 and the index of that box, without the IoU matrix.
 
     Args:
         boxes1: [..., N, 4] xyxy, such as anchors.

@@ -11,7 +11,7 @@ _INVALID = {"forbid": 0, "raise": 1, "last": 2}
 
 
 def linear_sum_assignment(cost: Tensor, num_targets: Tensor | None = None, *, invalid: str = "forbid") -> Tensor:
-    """For each target its query, such that the sum of the costs is least: the Hungarian matching of a whole batch.
+    """Assigns a query to each target so that the sum of costs is least: the Hungarian matching of a whole batch.
 
     Args:
         cost: [B, Q, T]: of query q for target t. Computed in float64, whatever the dtype. +inf forbids a pair.
@@ -72,7 +72,7 @@ def match_detr(
     fmt: str = "cxcywh",
     invalid: str = "forbid",
 ) -> Tensor:
-    """DETR's bipartite matching: for each ground-truth box the query that is to predict it, at the least total cost.
+    """DETR's bipartite matching: assigns to each ground-truth box the query to predict it, at the least total cost.
 
     cost = l1_weight * L1 + class_weight * class - giou_weight * GIoU, with the L1 distance of (cx, cy, w, h) and
     class = -softmax(logits)[label] ("softmax"), or with p = sigmoid(logit of the label)

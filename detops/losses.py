@@ -29,7 +29,7 @@ _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 def sigmoid_focal_loss(
     inputs: Tensor, targets: Tensor, alpha: float = 0.25, gamma: float = 2, reduction: str = "none"
 ) -> Tensor:
-    """Focal loss of binary predictions, which gives little weight to those that are right already.
+    """Focal loss of binary predictions: those that are right already weigh little.
 
     With p = sigmoid(inputs), target t and p_t = p t + (1 - p)(1 - t), each loss is
     (alpha t + (1 - alpha)(1 - t)) (1 - p_t)^gamma (-t log(p) - (1 - t) log(1 - p)).
@@ -185,7 +185,7 @@ def distribution_focal_loss(inputs: Tensor, targets: Tensor, reduction: str = "n
 
 
 def generalized_box_iou_loss(boxes1: Tensor, boxes2: Tensor, reduction: str = "none", eps: float = 1e-7) -> Tensor:
-    """Loss 1 - GIoU of matching boxes, which pulls boxes together that do not overlap.
+    """Loss 1 - GIoU of matching boxes, which also pulls together boxes that do not overlap.
 
     With intersection I, union U and the area C of the smallest box around both:
     1 - I / (U + eps) + (C - U) / (C + eps).

@@ -1,4 +1,4 @@
-"""Matching of anchors to ground-truth boxes: who learns what.
+"""Matching of anchors to ground-truth boxes, and sampling of the matches.
 
 All functions share these rules, on every device:
 
@@ -49,7 +49,7 @@ def match_max_iou(
     ignore_valid: Tensor | None = None,
     ignore_threshold: float = 0.5,
 ) -> Matches:
-    """Gives each anchor, or proposal, the ground-truth box of its best IoU, if that is high enough.
+    """Matches each anchor or proposal to the ground-truth box of its best IoU, if that is high enough.
 
     index = box where IoU >= high_threshold, -1 where IoU < low_threshold, -2 between; all -1 in images without boxes.
 
@@ -124,7 +124,7 @@ def match_max_iou(
 
 
 class Matcher:
-    """torchvision's Matcher: gives each column of a matrix of qualities the row of its best quality, if high enough.
+    """torchvision's Matcher: matches each column of a quality matrix to the row of its best quality, if high enough.
 
     index = row where quality >= high_threshold, -1 where quality < low_threshold, -2 between. With
     `allow_low_quality_matches` all columns that have the best quality of a row get their own best row in any case.
@@ -280,7 +280,7 @@ def sample_matches(
     *,
     generator: torch.Generator | None = None,
 ) -> Samples:
-    """Draws positives and negatives at random, in a balance: without replacement, all equally likely.
+    """Draws a balanced random sample of positives and negatives: without replacement, all equally likely.
 
     Of the positives (index >= 0) at most int(batch_size_per_image * positive_fraction) are drawn; of the negatives (-1)
     as many as then fit. Anchors with any other index are never drawn.

@@ -148,7 +148,7 @@ def multiclass_nms(
     max_candidates: int | None = None,
     class_agnostic: bool = False,
 ) -> Detections:
-    """From the raw boxes and class scores of a batch of images to their detections, in one call.
+    """Turns the raw boxes and class scores of a batch of images into detections, in one call.
 
     A candidate is a (box, class) pair with `scores > score_threshold`. The result equals, image by image: take the
     candidates, keep the `max_candidates` best, run `batched_nms` by class, and keep the first `max_detections`.

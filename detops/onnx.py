@@ -13,7 +13,7 @@ import torch
 
 
 def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """What torch.onnx.export takes as `custom_translation_table`.
+    """The translations of detops' ops, to pass to torch.onnx.export as `custom_translation_table`.
 
     ONNX computes both ops in float32: other dtypes are converted to it, and the result of `roi_align` back. What a
     runtime makes of boxes that are inverted or not finite is its own affair.

@@ -32,7 +32,7 @@ from ._library import register_autograd, register_fake
 
 
 class BoxFormatError(RuntimeError, AssertionError):
-    """Boxes that are neither [K, 5] nor a list of [L, 4]. torchvision raises AssertionError here."""
+    """Raised for boxes that are neither [K, 5] nor a list of [L, 4]. torchvision raises AssertionError here."""
 
 
 def roi_align(
@@ -106,7 +106,7 @@ def roi_align_rotated(
     spatial_scale: float = 1.0,
     sampling_ratio: int = -1,
 ) -> Tensor:
-    """roi_align of rotated boxes: the mean of bilinear samples in each bin, on a grid that is turned with the box.
+    """roi_align of rotated boxes: the mean of bilinear samples in each bin, on a grid that is rotated with the box.
 
     Args:
         input: [N, C, H, W] features, floating.
@@ -158,7 +158,7 @@ def multi_scale_roi_align(
     canonical_scale: float = 224,
     canonical_level: int = 4,
 ) -> Tensor:
-    """roi_align from the maps of a pyramid: each RoI from the one that fits its size, all in one pass.
+    """roi_align over the maps of a pyramid: each RoI is pooled from the map that fits its size, all in one pass.
 
     A box of area A belongs to level floor(canonical_level + log2(sqrt(A) / canonical_scale) + 1e-6), where the map of
     spatial scale 2^-k is level k; boxes beyond the first or last map belong to that one.

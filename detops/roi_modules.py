@@ -24,9 +24,11 @@ class _RoIModule(nn.Module):
 
 
 class RoIAlign(_RoIModule):
-    """`detops.roi_align` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
-    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C, bins, bins]. The options are those of
-    the function, of which the mean alone is here.
+    """`detops.roi_align` as a module, with its options fixed.
+
+    Called with `(input [B, C, H, W], rois)`, where `rois` is a tensor [K, 5] of (image, x1, y1, x2, y2) or a list of B
+    tensors [n, 4], it returns [K, C, bins, bins]. The options are those of the function, without `mode`: samples are
+    averaged.
 
     Example:
         >>> RoIAlign(7, 0.25, 2, aligned=True)(torch.rand(1, 256, 50, 50), [torch.tensor([[0.0, 0, 99, 49]])]).shape
@@ -49,8 +51,10 @@ class RoIAlign(_RoIModule):
 
 
 class RoIPool(_RoIModule):
-    """`detops.roi_pool` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
-    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C, bins, bins].
+    """`detops.roi_pool` as a module, with its options fixed.
+
+    Called with `(input [B, C, H, W], rois)`, where `rois` is a tensor [K, 5] of (image, x1, y1, x2, y2) or a list of B
+    tensors [n, 4], it returns [K, C, bins, bins].
     """
 
     options: tuple[str, ...] = ("output_size", "spatial_scale")
@@ -65,8 +69,10 @@ class RoIPool(_RoIModule):
 
 
 class PSRoIAlign(_RoIModule):
-    """`detops.ps_roi_align` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
-    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C / bins^2, bins, bins].
+    """`detops.ps_roi_align` as a module, with its options fixed.
+
+    Called with `(input [B, C, H, W], rois)`, where `rois` is a tensor [K, 5] of (image, x1, y1, x2, y2) or a list of B
+    tensors [n, 4], it returns [K, C / bins^2, bins, bins].
     """
 
     options: tuple[str, ...] = ("output_size", "spatial_scale", "sampling_ratio")
@@ -82,8 +88,10 @@ class PSRoIAlign(_RoIModule):
 
 
 class PSRoIPool(_RoIModule):
-    """`detops.ps_roi_pool` with its options held: called with `(input [B, C, H, W], rois)`, where `rois` is a tensor
-    [K, 5] of (image, x1, y1, x2, y2) or a list of B tensors [n, 4], gives [K, C / bins^2, bins, bins].
+    """`detops.ps_roi_pool` as a module, with its options fixed.
+
+    Called with `(input [B, C, H, W], rois)`, where `rois` is a tensor [K, 5] of (image, x1, y1, x2, y2) or a list of B
+    tensors [n, 4], it returns [K, C / bins^2, bins, bins].
     """
 
     options: tuple[str, ...] = ("output_size", "spatial_scale")
@@ -98,7 +106,7 @@ class PSRoIPool(_RoIModule):
 
 
 class MultiScaleRoIAlign(_RoIModule):
-    """roi_align from the maps of a pyramid, whose scales follow from the sizes of maps and images.
+    """roi_align over the maps of a pyramid, whose scales follow from the sizes of maps and images.
 
     Args:
         featmap_names: which maps of the input to use, from fine to coarse.

@@ -43,7 +43,7 @@ def assign_simota(
     dense_scores: bool = True,
     rule: str = "yolox",
 ) -> SimOTATargets:
-    """Gives each ground-truth box its cheapest anchors, as many as its predictions already overlap it well.
+    """Assigns its cheapest anchors to each ground-truth box: the better predictions overlap it already, the more.
 
     Candidates are the anchors whose point is less than center_radius strides, along both axes, from the centre of some
     gt. Their cost for a gt is BCE(sqrt(sigmoid(logits) * sigmoid(objectness)), one-hot of the gt's class), summed over

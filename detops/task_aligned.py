@@ -30,7 +30,7 @@ class TaskAlignedTargets(NamedTuple):
 
 @_library.register_result
 class TaskAlignedMetrics(NamedTuple):
-    """`TaskAlignedTargets` and what they were decided on; see `assign_task_aligned(..., with_metrics=True)`."""
+    """`TaskAlignedTargets` and the metrics that decided them; see `assign_task_aligned(..., with_metrics=True)`."""
 
     labels: Tensor
     """[B, A] int64: as of `TaskAlignedTargets`."""
@@ -164,7 +164,7 @@ def assign_task_aligned(
 
 
 class TaskAlignedAssigner(torch.nn.Module):
-    """`assign_task_aligned` with the interface of Ultralytics' class of this name, to be assigned in its place.
+    """`assign_task_aligned` with the interface of Ultralytics' class of this name, for use in its place.
 
     Args:
         topk: anchors that a gt may claim.

@@ -22,7 +22,7 @@ from .losses import _check_no_gradient, _check_not_negative, _for_autocast, _num
 
 
 class YoloGridBoxes(NamedTuple):
-    """What a grid of targets or predictions says; see `decode_yolo_grid`."""
+    """The boxes of a grid of targets or predictions; see `decode_yolo_grid`."""
 
     boxes: Tensor
     """[B, N, 4] xyxy in pixels."""
@@ -42,7 +42,7 @@ def assign_yolo_grid(
     num_classes: int,
     anchors: Tensor | None = None,
 ) -> Tensor:
-    """Gives each ground-truth box to the cell of a grid that holds its centre.
+    """Assigns each ground-truth box to the grid cell that holds its centre.
 
     A target is (1, bx, by, bw, bh, one-hot class): the centre within the cell, in [0, 1), and the sides in sides of
     the cell, or of the anchor of highest shape IoU among those of the cell that are free.
@@ -101,7 +101,7 @@ def assign_yolo_grid(
 
 
 def decode_yolo_grid(targets: Tensor, *, image_size: tuple[int, int], anchors: Tensor | None = None) -> YoloGridBoxes:
-    """The boxes that a grid of targets, or of predictions in their form, stands for: inverts `assign_yolo_grid`.
+    """Decodes a grid of targets, or of predictions in the same form, into boxes: the inverse of `assign_yolo_grid`.
 
     The centre is (column + bx, row + by) in cells, the sides are bw, bh times those of the cell or of the anchor.
 
@@ -172,7 +172,7 @@ def yolo_loss(
     lambda_noobj: float = 0.5,
     reduction: str = "sum",
 ) -> Tensor:
-    """The loss of YOLOv1: squared errors of a grid, in which places with objects weigh more.
+    """The loss of YOLOv1: squared errors over a grid, where places with objects weigh more.
 
     Where a target's objectness o' is above 0 the loss is lambda_coord ((bx - bx')^2 + (by - by')^2 +
     (s(bw) - s(bw'))^2 + (s(bh) - s(bh'))^2) + (o - o')^2 + sum (p - p')^2 over the classes, elsewhere

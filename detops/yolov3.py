@@ -32,7 +32,7 @@ def assign_yolov3(
     *,
     iou_threshold: float = 0.5,
 ) -> Yolov3Targets:
-    """Gives each ground-truth box its best anchor in the cells of its centre, and ignores others that overlap well.
+    """Assigns each ground-truth box to its best anchor in the cell of its centre, and ignores others that overlap well.
 
     On each level the cell that holds a gt's centre is responsible, with its A anchors, which are centred in the cell. A
     responsible anchor goes to the gt of highest IoU if that is above iou_threshold, and to any gt that it is the best

@@ -37,7 +37,7 @@ def assign_yolov5(
     *,
     ratio_threshold: float = 4.0,
 ) -> Yolov5Targets:
-    """Gives each ground-truth box all anchors of like shape, in the cell of its centre and those next to it.
+    """Assigns each ground-truth box to all anchors of similar shape, in the cell of its centre and those next to it.
 
     An anchor matches if max(r, 1 / r) < ratio_threshold for both r = gt side / anchor side. The cells are that of the
     centre, the left one if the centre lies in the left half of its cell, or the right one if in the right half, and
