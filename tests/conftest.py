@@ -9,6 +9,7 @@ DETOPS_TEST_SMALL=1                  fewer cases of a test and, on a CPU, fewer 
 import functools
 import importlib.util
 import os
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -152,14 +153,16 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what DETOPS_TEST_DEVICES and DETOPS_TEST_SMALL leave out; mark the tests of parity with torchvision;
-    skip those that need a compiler where there is none."""
+    """Leave out what DETOPS_TEST_DEVICES and DETOPS_TEST_SMALL leave out; mark the quick tests and those of parity with
+    torchvision; skip those that need a compiler where there is none."""
     compiler = shutil.which("g++")
     for item in items:
         if "torchvision" in getattr(item, "fixturenames", ()):
             item.add_marker("parity")
         if compiler is None and item.get_closest_marker("needs_compiler"):
             item.add_marker(pytest.mark.skip(reason="torch.compile on the CPU needs g++"))
+    for item in _some_of_each_test([item for item in items if _may_be_quick(item)], most=1):
+        item.add_marker("quick")
     chosen = _chosen_devices()
     keep = [item for item in items if _device_of(item) in chosen]
     if os.environ.get("DETOPS_TEST_SMALL") == "1":
@@ -168,6 +171,11 @@ def pytest_collection_modifyitems(config, items):
         kept = set(keep)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = keep
+
+
+def _may_be_quick(item):
+    of_an_op = "device" in getattr(item, "fixturenames", ()) and _device_of(item) == "cpu"
+    return of_an_op and not re.search("gradcheck|opcheck|compile|export|drawn|more_than|many_anchors", item.name)
 
 
 def _some_of_each_test(items, most=8):
