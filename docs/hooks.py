@@ -62,8 +62,11 @@ class Docstrings(griffe.Extension):
     """Examples are code, a function returns what its signature says, and the fields of a result are a list."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
-        if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+        if obj.docstring is None:
+            return
+        text = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+        # Lines of a session that no section holds.
+        obj.docstring.value = re.sub(r"((?:^(?:>>>|\.\.\.) .*\n)+)", r"```pycon\n\1```\n", text, flags=re.MULTILINE)
 
     def on_function(self, *, func: griffe.Function, **_) -> None:
         if func.docstring is not None and func.returns is not None:
