@@ -117,7 +117,7 @@ class BoxCoder:
         self.bbox_xform_clip: float = _checks.number("BoxCoder", "bbox_xform_clip", bbox_xform_clip)
 
     def encode(self, reference_boxes: Sequence[Tensor], proposals: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """For each image the deltas [n, 4] of its boxes [n, 4] from its proposals [n, 4]."""
+        """The deltas [n, 4] of each image's boxes [n, 4] from its proposals [n, 4]."""
         _check_rows("reference_boxes", reference_boxes)
         _check_rows("proposals", proposals)
         counts, others = [len(boxes) for boxes in reference_boxes], [len(boxes) for boxes in proposals]
