@@ -14,6 +14,7 @@ def definition(name: str) -> griffe.Object:
     return found.final_target if found.is_alias else found
 
 
+DOCSTRING_ALONE = "\n    options: { members: [], show_root_heading: false }"
 DEFINITIONS = {name: definition(name) for name in PACKAGE.exports}
 
 
@@ -28,6 +29,12 @@ def names_of(family: str) -> list[str]:
     return sorted(names, key=place)
 
 
+def modules_of(family: str) -> list[str]:
+    """The modules that these names are imported from, where their docstrings say what holds for all names."""
+    paths = dict.fromkeys(PACKAGE.imports[name].rpartition(".")[0] for name in names_of(family))
+    return [path for path in paths if "\n\n" in PACKAGE[path.removeprefix("detops.")].docstring.value]
+
+
 def is_result(found: griffe.Object) -> bool:
     return found.is_class and "NamedTuple" in map(str, found.bases)
 
@@ -36,7 +43,8 @@ def on_page_markdown(markdown: str, **_) -> str:
     """`::: family nms` describes its names, `names of nms` lists them."""
 
     def descriptions(found: re.Match) -> str:
-        return "\n".join(f"::: {DEFINITIONS[name].path}" for name in names_of(found[1]))
+        modules = [f"::: {path}{DOCSTRING_ALONE}" for path in modules_of(found[1])]
+        return "\n".join([*modules, *(f"::: {DEFINITIONS[name].path}" for name in names_of(found[1]))])
 
     def listing(found: re.Match) -> str:
         return ", ".join(f"`{name}`" for name in names_of(found[1]))
@@ -46,16 +54,21 @@ def on_page_markdown(markdown: str, **_) -> str:
 
 
 def on_page_content(html: str, **_) -> str:
-    """A public name in code font links to its description. A strict build fails where it has none."""
+    """A public name, or a module, in code font links to its description. A strict build fails where it has none."""
     pieces = re.split(r"(<pre.*?</pre>|<a .*?</a>|<h\d.*?</h\d>)", html, flags=re.DOTALL)
-    pieces[::2] = [re.sub(r"<code>((?:detops\.)?(\w+))</code>", link, piece) for piece in pieces[::2]]
+    pieces[::2] = [re.sub(r"<code>([\w.]+)</code>", link, piece) for piece in pieces[::2]]
     return "".join(pieces)
 
 
 def link(found: re.Match) -> str:
-    if found[2] not in DEFINITIONS:
+    name = found[1].removeprefix("detops.")
+    if name in DEFINITIONS:
+        path = DEFINITIONS[name].path
+    elif found[1] in modules_of(name):
+        path = found[1]
+    else:
         return found[0]
-    return f'<autoref identifier="{DEFINITIONS[found[2]].path}">{found[0]}</autoref>'
+    return f'<autoref identifier="{path}">{found[0]}</autoref>'
 
 
 class Docstrings(griffe.Extension):
