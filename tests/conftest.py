@@ -144,7 +144,10 @@ def pytest_report_header():
     """Says at once that something is compiled first, and how long that takes."""
     if _emulation_is_left_out() or os.environ.get("DETOPS_EMULATED_LIBRARY") or "emulated" not in _chosen_devices():
         return None
-    announced = _module_at(EMULATION_BUILD).announcement()
+    try:
+        announced = _module_at(EMULATION_BUILD).announcement()
+    except RuntimeError as error:
+        return str(error)
     return announced and f'before the first test of device "emulated": {announced} (DETOPS_EMULATION=0 leaves it out)'
 
 
