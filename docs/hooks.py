@@ -72,7 +72,7 @@ def link(found: re.Match) -> str:
 
 
 class Docstrings(griffe.Extension):
-    """Examples are code, a function returns what its signature says, and the fields of a result are a list."""
+    """Examples are code, what is called returns what its signature says, and the fields of a result are a list."""
 
     def on_object(self, *, obj: griffe.Object, **_) -> None:
         if obj.docstring is None:
@@ -82,11 +82,11 @@ class Docstrings(griffe.Extension):
         obj.docstring.value = re.sub(r"((?:^(?:>>>|\.\.\.) .*\n)+)", r"```pycon\n\1```\n", text, flags=re.MULTILINE)
 
     def on_function(self, *, func: griffe.Function, **_) -> None:
-        if func.docstring is not None and func.returns is not None:
-            typed = rf"\1{func.returns}: "
-            func.docstring.value = re.sub(r"^(Returns:\n    )", typed, func.docstring.value, flags=re.MULTILINE)
+        self.type_result(func.docstring, func)
 
     def on_class_members(self, *, cls: griffe.Class, **_) -> None:
+        if call := cls.members.get("__call__") or cls.members.get("forward"):
+            self.type_result(cls.docstring, call)
         if not is_result(cls):
             return
         lines = [cls.docstring.value, "", "Attributes:"]
@@ -95,3 +95,9 @@ class Docstrings(griffe.Extension):
             lines.append(f"    {name} ({field.annotation}): {text}")
             del cls.members[name]
         cls.docstring.value = "\n".join(lines)
+
+    @staticmethod
+    def type_result(docstring: griffe.Docstring | None, function: griffe.Function) -> None:
+        if docstring is not None and function.returns is not None:
+            typed = rf"\1{function.returns}: "
+            docstring.value = re.sub(r"^(Returns:\n    )", typed, docstring.value, flags=re.MULTILINE)
