@@ -3,8 +3,9 @@
 Tensors: a hot function tests `isinstance(boxes, Tensor)` itself, which takes 10 ns, and calls `check_tensors` only
 where that fails; one that takes over 20 us calls it at once. Options: `integer` and `number` return what the op gets.
 
-What stands for a tensor or a number in torch's own tracing passes every check: a Proxy of torch.fx, a SymInt, and under
-torch.jit.trace a 0-d tensor, which keeps a size of an image from being frozen.
+What stands for a tensor or a number in torch's own tracing passes the checks of kind: a Proxy of torch.fx, a SymInt,
+and under torch.jit.trace a 0-d tensor, which keeps a size of an image from being frozen. The dtype of a Proxy is not
+known: the checks of dtypes refuse it.
 """
 
 import operator
