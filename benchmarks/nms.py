@@ -251,6 +251,18 @@ def multiclass_nms_case(images: int, density: str, background: float, device: st
     )
 
 
+def one_class(n: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """boxes [1, n, 4] and scores [1, n, 1]: all are candidates of one list."""
+    boxes, scores = scored_boxes(uniform_boxes, n, device)
+    return boxes[None], scores[None, :, None]
+
+
+def list_follows_definition(detections, boxes, scores) -> bool:
+    return follows_definition(
+        detections.indices[0, : detections.counts[0]], boxes[0], scores[0, :, 0], iou_threshold=0.7
+    )
+
+
 def cases(device: str, quick: bool) -> Iterator[Case]:
     cpu = device == "cpu"
     sizes = [100, 1_000, 10_000] if quick else [100, 1_000, 10_000, 30_000, 100_000]
@@ -294,3 +306,13 @@ def cases(device: str, quick: bool) -> Iterator[Case]:
     if not quick:
         prediction = "16 images: 45 MB read in 10 us, 34,000 candidates an image: 300 us, no sync"
         yield multiclass_nms_case(images, "dense", -4.9, device, eager=False, prediction=prediction)
+    for n in () if quick else (20_000, 80_000):
+        yield Case(
+            name=f"multiclass_nms 1 x {n:,} x 1, all kept that may be",
+            make_inputs=partial(one_class, n, device),
+            run=partial(detops.multiclass_nms, iou_threshold=0.7, score_threshold=0.0, max_detections=n),
+            verify=list_follows_definition,
+            series="multiclass_nms, all kept that may be",
+            size=n,
+            prediction={20_000: "1.5e8 pairs: 1 ms, no sync", 80_000: "2.4e9 pairs: 5 ms, no sync"}[n],
+        )
