@@ -414,6 +414,8 @@ for _name in _PAIRED:
 
 @register_fake("decode_dfl")
 def _(logits: Tensor, dim: int) -> Tensor:
+    if not -logits.ndim <= dim < logits.ndim:
+        raise RuntimeError(f"decode_dfl: dim must be a dimension of logits {list(logits.shape)}, got {dim}")
     sizes = list(logits.shape)
     del sizes[dim]
     return logits.new_empty(sizes)

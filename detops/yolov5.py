@@ -10,6 +10,8 @@ from . import _library
 from ._checks import check_floating, check_tensors, height_and_width, integers, kind_of, number
 from ._library import register_fake
 
+_MOST_ROWS = 2**31 - 2**16  # kMostRows of csrc/common/check.h
+
 
 @_library.register_result
 class Yolov5Targets(NamedTuple):
@@ -152,6 +154,9 @@ def yolov5_target_lists(
     if anchors.ndim != 3 or anchors.shape[0] != len(grid_sizes) or anchors.shape[2] != 2:
         rule = f"[{len(grid_sizes)}, A, 2] as of grid_sizes"
         raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")
+    rows = 5 * anchors.shape[1] * len(targets)
+    if rows > _MOST_ROWS:
+        raise RuntimeError(f"{op}: targets must make at most {_MOST_ROWS} rows of 5 cells and A anchors, got {rows}")
     if anchors.device != targets.device:
         raise RuntimeError(f"{op}: anchors must be on the device of targets ({targets.device}), got {anchors.device}")
     ratio_threshold = _checked_ratio(op, ratio_threshold)
