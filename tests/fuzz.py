@@ -286,7 +286,6 @@ class Report:
         self.started = time.monotonic()
         self.outcomes: dict[str, Counter] = {}
         self.findings: dict[tuple[str, str], list] = {}
-        self.faults = 0  # findings that are more than an exception
         self.ends: Counter = Counter()
         self.lock = threading.Lock()
 
@@ -305,7 +304,6 @@ class Report:
             place = re.search(r"\((\w+\.py:\d+)\)$", text)
             kind = (name, place[1] if place else re.sub(r"0x[0-9a-f]+|-?\d[\d.e+-]*|\[.*?\]", "#", text))
             self.findings.setdefault(kind, []).append((seed, text))
-            self.faults += outcome == "finding"
             if len(self.findings[kind]) == 1:
                 device = "" if self.options.device == "cpu" else f" --device {self.options.device}"
                 print(f"{name}: {text}\n    python tests/fuzz.py{device} --call '{name}' {seed}\n{more}", flush=True)
@@ -333,7 +331,7 @@ class Report:
             print(f"  {name} ended {MOST_ENDS} processes and was left out from there on")
         for name in silent:
             print(f"  {name} never had a result: its drawers draw nothing right")
-        return int(bool(self.faults or silent or (self.findings and not self.options.faults)))
+        return int(bool(self.findings or silent))
 
 
 def watch(first: int, report: Report) -> None:
@@ -389,7 +387,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--device", choices=["cpu", "emulated"], default="cpu")
     parser.add_argument("--limit", type=float, default=60, help="seconds that a call may take")
-    parser.add_argument("--faults", action="store_true", help="exceptions of other kinds or words are only told")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--call", nargs=2, metavar=("NAME", "SEED"), help="make this call only, in this process")
     for name in ("--worker", "--first"):
