@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 import detops
-from harness import Case, optional, reference
+from harness import Case, reference
 
 STRIDES = (8, 16, 32)
 
@@ -91,12 +91,6 @@ def dense(
     else:
         scores = values
     return labels, boxes, scores, foreground, torch.where(foreground, rows, -1)
-
-
-def ultralytics_assigner(classes: int):
-    """The class that TaskAlignedAssigner stands in for, where it is installed."""
-    module = optional("ultralytics.utils.tal")
-    return module.TaskAlignedAssigner(topk=10, num_classes=classes, alpha=0.5, beta=6.0) if module else None
 
 
 # Agreement
