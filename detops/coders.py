@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from . import _checks, _library
-from ._library import refuse_second_derivative, register_autograd, register_fake
+from ._gradients import register_gradient
+from ._library import register_fake
 
 _CLIP = math.log(1000.0 / 16)
 _YOLO_VERSIONS = {"v3": 3, "v5": 5}
@@ -442,53 +443,5 @@ def _(grad_boxes, grad_objectness, grad_scores, raw, anchors, strides, version) 
     return [torch.empty_like(level) for level in raw]
 
 
-def _save(ctx, inputs, output) -> None:
-    first, second, *ctx.options = inputs
-    ctx.save_for_backward(first, second)
-
-
-def _save_points(ctx, inputs, output) -> None:
-    first, points, strides, *ctx.options = inputs
-    ctx.save_for_backward(first, points, strides)
-
-
-def _register_paired(name: str, saved: int, options: int) -> None:
-    def backward(ctx, grad: Tensor):
-        wanted = ctx.needs_input_grad[1]
-        op = getattr(_library.ops, f"{name}_backward")
-        of_first, of_second = op(grad, *ctx.saved_tensors, *ctx.options, wanted)
-        return of_first, of_second if wanted else None, *[None] * (saved - 2 + options)
-
-    register_autograd(name, backward, _save if saved == 2 else _save_points)
-
-
-_register_paired("encode_boxes", 2, 1)
-_register_paired("decode_boxes", 2, 2)
-_register_paired("encode_ltrb", 3, 1)
-_register_paired("decode_ltrb", 3, 0)
-
-
-def _save_dfl(ctx, inputs, output) -> None:
-    logits, ctx.dim = inputs
-    ctx.save_for_backward(logits)
-
-
-def _dfl_backward(ctx, grad: Tensor):
-    return _library.ops.decode_dfl_backward(grad, *ctx.saved_tensors, ctx.dim), None
-
-
-def _save_yolo(ctx, inputs, output) -> None:
-    raw, anchors, *ctx.options = inputs
-    ctx.save_for_backward(anchors, *raw)
-
-
-def _yolo_backward(ctx, grad_boxes: Tensor, grad_objectness: Tensor, grad_scores: Tensor):
-    anchors, *raw = ctx.saved_tensors
-    of_raw = _library.ops.decode_yolo_backward(grad_boxes, grad_objectness, grad_scores, raw, anchors, *ctx.options)
-    return of_raw, None, None, None
-
-
-register_autograd("decode_dfl", _dfl_backward, _save_dfl)
-register_autograd("decode_yolo", _yolo_backward, _save_yolo)
 for _name in (*_PAIRED, "decode_dfl", "decode_yolo"):
-    refuse_second_derivative(_name)
+    register_gradient(_name)

@@ -16,7 +16,8 @@ from torch.overrides import handle_torch_function
 
 from . import _checks, _library
 from . import boxes as _boxes
-from ._library import refuse_second_derivative, register_autograd, register_fake
+from ._gradients import register_gradient
+from ._library import register_fake
 
 # Numbers of the kinds, as csrc/iou/iou.h counts them.
 _IOU, _GENERALIZED, _DISTANCE, _COMPLETE, _EFFICIENT, _IOA = range(6)
@@ -343,16 +344,4 @@ def _(boxes1: Tensor, boxes2: Tensor, valid: Tensor | None) -> tuple[Tensor, Ten
     return boxes1.new_empty(boxes1.shape[:-1]), boxes1.new_empty(boxes1.shape[:-1], dtype=torch.int64)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    boxes1, boxes2, *ctx.options = inputs
-    ctx.save_for_backward(boxes1, boxes2)
-
-
-def _backward(ctx, grad: Tensor):
-    wanted1, wanted2, *_ = ctx.needs_input_grad
-    of1, of2 = _library.ops.box_iou_backward(grad, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
-    return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
-
-
-register_autograd("box_iou", _backward, _save_for_backward)
-refuse_second_derivative("box_iou")
+register_gradient("box_iou")

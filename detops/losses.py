@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from . import _checks, _library
-from ._library import refuse_second_derivative, register_autograd, register_fake
+from ._gradients import register_gradient
+from ._library import register_fake
 
 # Numbers of the kinds, as csrc/losses/focal_loss.h and csrc/losses/iou_loss.h count them.
 _SIGMOID, _QUALITY, _VARIFOCAL = range(3)
@@ -440,37 +441,5 @@ def _(
     return boxes1.new_empty(boxes1.shape if wanted1 else 0), boxes2.new_empty(boxes2.shape if wanted2 else 0)
 
 
-def _save_focal(ctx, inputs, output) -> None:
-    logits, targets, scores, *ctx.options = inputs
-    ctx.save_for_backward(logits, targets, scores)
-
-
-def _focal_backward(ctx, grad: Tensor):
-    return _library.ops.focal_loss_backward(grad, *ctx.saved_tensors, *ctx.options), *[None] * 6
-
-
-def _save_distribution(ctx, inputs, output) -> None:
-    logits, targets, ctx.reduction = inputs
-    ctx.save_for_backward(logits, targets)
-
-
-def _distribution_backward(ctx, grad: Tensor):
-    return _library.ops.distribution_focal_loss_backward(grad, *ctx.saved_tensors, ctx.reduction), None, None
-
-
-def _save_iou(ctx, inputs, output) -> None:
-    boxes1, boxes2, *ctx.options = inputs
-    ctx.save_for_backward(boxes1, boxes2)
-
-
-def _iou_backward(ctx, grad: Tensor):
-    wanted1, wanted2, *_ = ctx.needs_input_grad
-    of1, of2 = _library.ops.iou_loss_backward(grad, *ctx.saved_tensors, *ctx.options, wanted1, wanted2)
-    return of1 if wanted1 else None, of2 if wanted2 else None, None, None, None
-
-
-register_autograd("focal_loss", _focal_backward, _save_focal)
-register_autograd("distribution_focal_loss", _distribution_backward, _save_distribution)
-register_autograd("iou_loss", _iou_backward, _save_iou)
 for _name in ("focal_loss", "distribution_focal_loss", "iou_loss"):
-    refuse_second_derivative(_name)
+    register_gradient(_name)

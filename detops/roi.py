@@ -28,7 +28,8 @@ from torch.nn.functional import pad
 from torch.overrides import handle_torch_function
 
 from . import _checks, _library
-from ._library import register_autograd, register_fake
+from ._gradients import is_channels_last, register_gradient
+from ._library import register_fake
 
 
 class BoxFormatError(RuntimeError, AssertionError):
@@ -330,10 +331,6 @@ def _needs_gradient(input: Tensor) -> bool:
     return torch.is_grad_enabled() and input.requires_grad
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.ndim == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
 def _empty(like: Tensor, sizes, channels_last: bool) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(sizes, dtype=like.dtype, device=like.device, memory_format=memory_format)
@@ -342,13 +339,13 @@ def _empty(like: Tensor, sizes, channels_last: bool) -> Tensor:
 def _empty_max(input: Tensor, sizes, keep_winners: bool) -> tuple[Tensor, Tensor]:
     """The result of a maximum, and the winners' positions, which are kept for the gradient only."""
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    out = _empty(input, sizes, _is_channels_last(input))
+    out = _empty(input, sizes, is_channels_last(input))
     return out, input.new_empty((2 if keep_winners else 0, out.numel()), dtype=dtype)
 
 
 @register_fake("roi_align")
 def _(input: Tensor, boxes: Tensor, spatial_scale, bins_y, bins_x, sampling_ratio, aligned) -> Tensor:
-    return _empty(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), _is_channels_last(input))
+    return _empty(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), is_channels_last(input))
 
 
 @register_fake("roi_align_backward")
@@ -370,7 +367,7 @@ def _(
 
 @register_fake("roi_align_rotated")
 def _(input: Tensor, boxes: Tensor, spatial_scale, bins_y, bins_x, sampling_ratio) -> Tensor:
-    return _empty(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), _is_channels_last(input))
+    return _empty(input, (boxes.shape[0], input.shape[1], bins_y, bins_x), is_channels_last(input))
 
 
 @register_fake("roi_align_rotated_backward")
@@ -380,7 +377,7 @@ def _(grad, boxes, sizes, spatial_scale, bins_y, bins_x, sampling_ratio, channel
 
 @register_fake("multi_scale_roi_align")
 def _(features, boxes, spatial_scales, bins_y, bins_x, sampling_ratio, aligned, canonical_scale, canonical_level):
-    return _empty(features[0], (boxes.shape[0], features[0].shape[1], bins_y, bins_x), _is_channels_last(features[0]))
+    return _empty(features[0], (boxes.shape[0], features[0].shape[1], bins_y, bins_x), is_channels_last(features[0]))
 
 
 @register_fake("multi_scale_roi_align_backward")
@@ -391,86 +388,9 @@ def _(
     return [_empty(grad, (*sizes[:2], *sizes[i : i + 2]), channels_last) for i in range(2, len(sizes), 2)]
 
 
-# Averages are linear in the features: the gradient of the gradient is the pooling itself.
-
-
-def _register_average(op: str) -> None:
-    """The gradients of an op (input, boxes, *options) and of its gradient (grad, boxes, sizes, *options, format)."""
-
-    def save(ctx, inputs, output) -> None:
-        input, boxes, *ctx.options = inputs
-        ctx.sizes, ctx.channels_last = input.shape, _is_channels_last(input)
-        ctx.save_for_backward(boxes)
-
-    def backward(ctx, grad: Tensor):
-        (boxes,) = ctx.saved_tensors
-        run = getattr(_library.ops, f"{op}_backward")
-        return run(grad, boxes, ctx.sizes, *ctx.options, ctx.channels_last), *[None] * (1 + len(ctx.options))
-
-    def save_backward(ctx, inputs, output) -> None:
-        _, boxes, _, *ctx.options, _ = inputs
-        ctx.save_for_backward(boxes)
-
-    def double_backward(ctx, grad: Tensor):
-        (boxes,) = ctx.saved_tensors
-        return getattr(_library.ops, op)(grad, boxes, *ctx.options), *[None] * (3 + len(ctx.options))
-
-    register_autograd(op, backward, save)
-    register_autograd(f"{op}_backward", double_backward, save_backward)
-
-
-def _register_maximum(op: str) -> None:
-    """The gradient of an op (input, boxes, *options, keep_winners) -> (output, winners)."""
-
-    def save(ctx, inputs, output) -> None:
-        input, boxes, *ctx.options, _ = inputs
-        ctx.sizes, ctx.channels_last = input.shape, _is_channels_last(input)
-        ctx.save_for_backward(output[1], boxes)
-        ctx.mark_non_differentiable(output[1])
-
-    def backward(ctx, grad: Tensor, _):
-        winners, boxes = ctx.saved_tensors
-        run = getattr(_library.ops, f"{op}_backward")
-        grads = run(grad, winners, boxes, ctx.sizes, *ctx.options, ctx.channels_last)
-        return grads, *[None] * (2 + len(ctx.options))
-
-    def save_nothing(ctx, inputs, output) -> None:
-        pass
-
-    def double_backward(ctx, grad):
-        raise RuntimeError(f"{op}: there is no second derivative")
-
-    register_autograd(op, backward, save)
-    register_autograd(f"{op}_backward", double_backward, save_nothing)
-
-
-def _save_multi_scale(ctx, inputs, output) -> None:
-    features, boxes, *ctx.options = inputs
-    ctx.sizes = [*features[0].shape[:2], *(size for map in features for size in map.shape[2:])]
-    ctx.channels_last = _is_channels_last(features[0])
-    ctx.save_for_backward(boxes)
-
-
-def _multi_scale_backward(ctx, grad: Tensor):
-    (boxes,) = ctx.saved_tensors
-    grads = _library.ops.multi_scale_roi_align_backward(grad, boxes, ctx.sizes, *ctx.options, ctx.channels_last)
-    return grads, *[None] * 8
-
-
-def _save_multi_scale_backward(ctx, inputs, output) -> None:
-    _, boxes, _, *ctx.options, _ = inputs
-    ctx.save_for_backward(boxes)
-
-
-def _multi_scale_double_backward(ctx, grads: list[Tensor]):
-    (boxes,) = ctx.saved_tensors
-    return _library.ops.multi_scale_roi_align(grads, boxes, *ctx.options), *[None] * 10
-
-
-_register_average("roi_align")
-_register_average("roi_align_rotated")
-_register_maximum("roi_align_max")
-register_autograd("multi_scale_roi_align", _multi_scale_backward, _save_multi_scale)
-register_autograd("multi_scale_roi_align_backward", _multi_scale_double_backward, _save_multi_scale_backward)
+# An average is linear in the features.
+for _name in ("roi_align", "roi_align_rotated", "multi_scale_roi_align"):
+    register_gradient(_name, linear=True)
+register_gradient("roi_align_max")
 
 torch.fx.wrap("multi_scale_roi_align")  # whose maps are in a list

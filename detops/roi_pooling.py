@@ -7,15 +7,13 @@ from torch import Tensor
 from torch.overrides import handle_torch_function
 
 from . import _library
+from ._gradients import is_channels_last, register_gradient
 from ._library import register_fake
 from .roi import (
     _empty,
     _empty_max,
-    _is_channels_last,
     _needs_gradient,
     _pair,
-    _register_average,
-    _register_maximum,
     _rows,
     _samples,
     _scale,
@@ -169,7 +167,7 @@ def _(grad, winners, boxes, sizes, spatial_scale, bins_y, bins_x, channels_last)
 
 def _empty_position_sensitive(input: Tensor, boxes: Tensor, bins_y, bins_x) -> Tensor:
     sizes = (boxes.shape[0], input.shape[1] // (bins_y * bins_x), bins_y, bins_x)
-    return _empty(input, sizes, _is_channels_last(input))
+    return _empty(input, sizes, is_channels_last(input))
 
 
 @register_fake("ps_roi_align")
@@ -192,6 +190,6 @@ def _(grad, boxes, sizes, spatial_scale, bins_y, bins_x, channels_last) -> Tenso
     return _empty(grad, sizes, channels_last)
 
 
-_register_maximum("roi_pool")
-_register_average("ps_roi_align")
-_register_average("ps_roi_pool")
+register_gradient("roi_pool")
+register_gradient("ps_roi_align", linear=True)
+register_gradient("ps_roi_pool", linear=True)

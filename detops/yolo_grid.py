@@ -17,7 +17,8 @@ from ._checks import (
     number,
     numbers,
 )
-from ._library import refuse_second_derivative, register_autograd, register_fake
+from ._gradients import register_gradient
+from ._library import register_fake
 from .losses import _check_no_gradient, _check_not_negative, _for_autocast, _number_of
 
 
@@ -236,14 +237,4 @@ def _(
     return predictions.new_empty(predictions.shape)
 
 
-def _save_for_backward(ctx, inputs, output) -> None:
-    predictions, targets, *ctx.options = inputs
-    ctx.save_for_backward(predictions, targets)
-
-
-def _backward(ctx, grad: Tensor):
-    return _library.ops.yolo_loss_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
-
-
-register_autograd("yolo_loss", _backward, _save_for_backward)
-refuse_second_derivative("yolo_loss")
+register_gradient("yolo_loss")
