@@ -149,6 +149,8 @@ class BoxCoder:
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
         """Boxes [n, 4 C] of deltas [n, 4 C] for proposals [n, 4]."""
         _checks.check_tensors("BoxCoder", rel_codes=rel_codes, boxes=boxes)
+        if boxes.ndim != 2 or boxes.shape[1] != 4:
+            raise RuntimeError(f"BoxCoder: boxes must have shape [n, 4], got {list(boxes.shape)}")
         if rel_codes.ndim != 2 or rel_codes.shape[1] % 4:
             raise RuntimeError(f"BoxCoder: rel_codes must have shape [n, 4 C], got {list(rel_codes.shape)}")
         deltas = rel_codes.reshape(*rel_codes.shape[:1], rel_codes.shape[1] // 4, 4)
