@@ -154,7 +154,7 @@ def yolov5_target_lists(
     if anchors.ndim != 3 or anchors.shape[0] != len(grid_sizes) or anchors.shape[2] != 2:
         rule = f"[{len(grid_sizes)}, A, 2] as of grid_sizes"
         raise RuntimeError(f"{op}: anchors must have shape {rule}, got {list(anchors.shape)}")
-    rows = 5 * anchors.shape[1] * len(targets)
+    rows = 5 * anchors.shape[1] * targets.shape[0]
     if not torch.compiler.is_compiling() and rows > _MOST_ROWS:  # the op checks it too, after more work
         raise RuntimeError(f"{op}: targets must make at most {_MOST_ROWS} rows of 5 cells and A anchors, got {rows}")
     if anchors.device != targets.device:
