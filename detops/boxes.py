@@ -215,7 +215,9 @@ def remove_small_boxes(boxes: Tensor, min_size: float) -> Tensor:
     if boxes.is_floating_point():
         return _library.ops.remove_small_boxes(boxes, min_size)
     x1, y1, x2, y2 = boxes.reshape(-1, 4).long().unbind(1)
-    return ((x2 - x1 >= min_size) & (y2 - y1 >= min_size)).nonzero().squeeze(1)
+    # As an integer, since torch would compare in its default dtype, in which sides are rounded.
+    least = math.ceil(max(-(2.0**63), min(min_size, 2.0**62)))
+    return ((x2 - x1 >= least) & (y2 - y1 >= least)).nonzero().squeeze(1)
 
 
 def masks_to_boxes(masks: Tensor) -> Tensor:
@@ -444,7 +446,7 @@ def pad_ground_truth(boxes: Sequence[Tensor], labels: Sequence[Tensor]) -> Groun
                 raise RuntimeError(
                     f"{op}: {name} must be on the device of boxes[0] ({boxes[0].device}), got {each.device}"
                 )
-    if not boxes:
+    if len(boxes) == 0:
         return GroundTruth(
             torch.zeros(0, 0, 4), torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.bool)
         )

@@ -153,6 +153,10 @@ class BoxCoder:
             raise RuntimeError(f"BoxCoder: boxes must have shape [n, 4], got {list(boxes.shape)}")
         if rel_codes.ndim != 2 or rel_codes.shape[1] % 4:
             raise RuntimeError(f"BoxCoder: rel_codes must have shape [n, 4 C], got {list(rel_codes.shape)}")
+        if rel_codes.shape[0] != boxes.shape[0]:
+            raise RuntimeError(
+                f"BoxCoder: rel_codes must have one row per box ({boxes.shape[0]}), got {list(rel_codes.shape)}"
+            )
         deltas = rel_codes.reshape(*rel_codes.shape[:1], rel_codes.shape[1] // 4, 4)
         return decode_boxes(deltas, boxes[:, None], self.weights, self.bbox_xform_clip).flatten(1)
 

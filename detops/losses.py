@@ -372,7 +372,9 @@ def _check_no_gradient(op: str, argument: str, tensor: Tensor) -> None:
 def _for_autocast(inputs: Tensor) -> Tensor:
     """Under autocast losses are computed, and returned, in float32."""
     half = inputs.dtype in (torch.float16, torch.bfloat16)
-    return inputs.float() if half and torch.is_autocast_enabled(inputs.device.type) else inputs
+    if not half or inputs.is_meta:  # of which torch knows no autocast
+        return inputs
+    return inputs.float() if torch.is_autocast_enabled(inputs.device.type) else inputs
 
 
 def _focal_loss(op, kind, inputs, targets, scores, alpha, exponent_name, exponent, reduction) -> Tensor:

@@ -22,6 +22,7 @@ from ._library import register_fake
 from .losses import _check_no_gradient, _check_not_negative, _for_autocast, _number_of
 
 
+@_library.register_result
 class YoloGridBoxes(NamedTuple):
     """The boxes of a grid of targets or predictions; see `decode_yolo_grid`."""
 

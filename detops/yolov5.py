@@ -117,7 +117,7 @@ def yolov5_target_lists(
 
     Args:
         targets: [n, 6] image, class, centre x, y, width, height, the last four divided by the image's width and height.
-            Image and class are at least 0, and are truncated to integers.
+            Image and class are at least 0, and truncated to integers.
         anchors: [L, A, 2] widths and heights in cells.
         grid_sizes: (height, width) of the L feature maps, in cells.
         ratio_threshold: above 1.
@@ -164,7 +164,7 @@ def yolov5_target_lists(
         raise ValueError(f"{op}: grid_sizes must be at least 0, got {list(grid_sizes)}")
     targets, anchors = targets.detach(), anchors.detach()
     numbers = targets[:, :2]
-    known = (numbers > -1) & (numbers < 2**31)  # of others an integer is not defined
+    known = (numbers >= 0) & (numbers < 2**31)  # of others an integer is not defined
     valid = known.all(dim=1)
     # The op sees to it in any case, by the label: worded here where a value can be looked at.
     if targets.device.type == "cpu" and not torch.compiler.is_compiling() and not valid.all():

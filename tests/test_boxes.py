@@ -196,8 +196,15 @@ def test_integer_boxes(dtype):
     clipped = detops.clip_boxes_to_image(boxes, (5, 50))
     assert clipped.tolist() == [[1, 2, 4, 5], [0, 0, 50, 5]] and clipped.dtype == dtype
     assert detops.remove_small_boxes(boxes, 3.5).tolist() == [1]
+    assert detops.remove_small_boxes(boxes, float("inf")).tolist() == []
+    assert detops.remove_small_boxes(boxes, float("-inf")).tolist() == [0, 1]
     corners = detops.box_convert(torch.tensor([[0, 0, 10, 6, 90]], dtype=torch.int64), "xywhr", "xyxyxyxy")
     assert corners.tolist() == [[0, 0, 0, -10, 6, -10, 6, 0]] and corners.dtype == torch.int64
+
+
+def test_integer_sides_are_not_rounded():
+    boxes = torch.tensor([[0, 0, 2**24, 2**24], [0, 0, 2**24 + 1, 2**24 + 1]])
+    assert detops.remove_small_boxes(boxes, 2.0**24 + 1).tolist() == [1]
 
 
 # Bad input.

@@ -294,6 +294,13 @@ def test_results_are_read_by_torch_load(tmp_path):
     assert type(loaded) is detops.Detections and all(map(torch.equal, loaded, saved))
 
 
+@pytest.mark.parametrize("name", [name for name in detops.__all__ if hasattr(getattr(detops, name), "_fields")])
+def test_every_named_tuple_is_a_result(name):
+    """torch.export saves programs that return it, and torch.load reads it."""
+    assert getattr(detops, name) in torch.utils._pytree.SUPPORTED_SERIALIZED_TYPES
+    assert getattr(detops, name) in torch.serialization.get_safe_globals()
+
+
 def test_results_without_gradient_do_not_ask_for_one():
     found = detops.multiclass_nms(BOXES[None].requires_grad_(), torch.ones(1, 2, 1, requires_grad=True))
     assert not found.boxes.requires_grad and not found.scores.requires_grad

@@ -49,6 +49,12 @@ def test_dtypes(boxes_dtype):
         check(*images((3, 0, 5), boxes_dtype, labels_dtype))
 
 
+def test_images_of_equally_many_boxes_may_be_stacked():
+    boxes, labels = torch.rand(2, 3, 4), torch.arange(6).reshape(2, 3)
+    padded = detops.pad_ground_truth(boxes, labels)
+    assert torch.equal(padded.boxes, boxes) and torch.equal(padded.labels, labels) and padded.valid.all()
+
+
 def test_no_images():
     padded = check([], [])
     assert padded.boxes.shape == (0, 0, 4) and padded.labels.shape == (0, 0) and padded.valid.shape == (0, 0)

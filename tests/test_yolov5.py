@@ -230,7 +230,7 @@ def test_negative_labels(device):
 
 
 @pytest.mark.parametrize("column", (0, 1))
-@pytest.mark.parametrize("value", (-1.0, np.nan, 1e30, -np.inf))
+@pytest.mark.parametrize("value", (-1.0, -0.5, np.nan, 1e30, -np.inf))
 def test_images_and_classes_out_of_range(device, column, value):
     rows = torch.tensor([[0, 3, 0.3, 0.3, 0.2, 0.2], [1, 3, 0.3, 0.3, 0.2, 0.2]])
     rows[1, column] = value
