@@ -30,7 +30,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from checked import UNWRITTEN
+from checked import LIMIT, UNWRITTEN
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "emulation"))
@@ -255,6 +255,7 @@ def restart_for_emulation() -> None:
     wanted = {"DETOPS_EMULATED_LIBRARY": str(build_library("address")), "OMP_NUM_THREADS": "1"}
     fix_addresses()
     environment = {**os.environ, **sanitizer_environment("address", UNWRITTEN), **wanted}
+    environment["ASAN_OPTIONS"] += f":{LIMIT}"
     os.execve(sys.executable, [sys.executable, *sys.argv], environment)
 
 
