@@ -42,12 +42,7 @@ def check_optional_tensors(op: str, **arguments: Any) -> None:
 
 def check_floating(op: str, **tensors: Tensor) -> None:
     """Raises where one has no floating dtype that the ops take: torch has others, of 8 bits and less."""
-    for name, each in tensors.items():
-        if each.dtype not in FLOATING:
-            raise RuntimeError(
-                f"{op}: {name} must be float16, bfloat16, float32 or float64, "
-                f"got {str(each.dtype).removeprefix('torch.')}"
-            )
+    _check_dtypes(op, FLOATING, "float16, bfloat16, float32 or float64", tensors)
 
 
 def check_same_device(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
@@ -60,12 +55,13 @@ def check_same_device(op: str, first_name: str, first: Tensor, second_name: str,
 
 def check_real(op: str, **tensors: Tensor) -> None:
     """Raises where one has a dtype that would be converted without sense."""
+    _check_dtypes(op, REAL, "float16, bfloat16, float32, float64 or integer", tensors)
+
+
+def _check_dtypes(op: str, allowed: frozenset[torch.dtype], rule: str, tensors: dict[str, Tensor]) -> None:
     for name, each in tensors.items():
-        if each.dtype not in REAL:
-            raise RuntimeError(
-                f"{op}: {name} must be float16, bfloat16, float32, float64 or integer, "
-                f"got {str(each.dtype).removeprefix('torch.')}"
-            )
+        if each.dtype not in allowed:
+            raise RuntimeError(f"{op}: {name} must be {rule}, got {str(each.dtype).removeprefix('torch.')}")
 
 
 def promoted(op: str, first_name: str, first: Tensor, second_name: str, second: Tensor) -> torch.dtype:

@@ -71,8 +71,8 @@ inline Tensor allocate(const char* op, const std::vector<int64_t>& sizes, Scalar
   return allocate_strided(op, sizes, strides, dtype, like);
 }
 
-// A copy that torch makes. Mostly where it cannot memory is short, as for a view of one row that is expanded to
-// millions. The entry of the op puts its name before the text, see register.h.
+// A copy that torch makes. When torch fails to make it, memory is usually short, as for a view of one row that is
+// expanded to millions. The entry of the op puts its name before the text, see register.h.
 template <class Copy>
 Tensor copied(const Tensor& tensor, const Copy& copy) {
   try {
