@@ -43,46 +43,57 @@ def _register(name: str, gradient: str, takes: list[str]) -> None:
     """Makes the op `gradient`, called with what `takes` names, the gradient of the op `name`."""
     arguments = _arguments(name)
     places = {each: place for place, each in enumerate(arguments)}
+    lists = [str(each.type) == "List[Tensor]" for each in getattr(_library.ops, name)._schema.arguments]
     results = len(getattr(_library.ops, gradient)._schema.returns)
-    own = [each for each in takes if each in arguments and not each.startswith("grad")]
-    winners = ["winners"] if "winners" in takes else []
-    saved = [each for each in own if arguments[each]] + winners
+    grads = [each for each in takes if each.startswith("grad")]
+    own = [each for each in takes if each in arguments and each not in grads]
     kept = [each for each in own if not arguments[each]]
+    layout = [each for each in ("sizes", "channels_last") if each in takes and each not in arguments]
+    flags = [each for each in takes if each.endswith("_wanted")]
+    saved = [each for each in own if arguments[each] and not lists[places[each]]]
+    listed = [each for each in own if lists[places[each]]]  # one at most: it is saved last
+    winners = ["winners"] if "winners" in takes else []
+    # All is found out here once, since small tensors would feel it in each call.
+    come = [*grads, *kept, *layout, *flags, *saved, *winners, *listed]
+    order = [come.index(each) for each in takes]
+    kept_places, saved_places, list_places = ([places[each] for each in of] for of in (kept, saved, listed))
+    flag_places = [places[each.removesuffix("_wanted")] for each in flags]
+    unwanted = [(place, flag_places.index(place)) for place in range(results) if place in flag_places]
+    others = (None,) * (len(arguments) - results)
 
     def save(ctx: Any, inputs: tuple, output: Any) -> None:
-        given = dict(zip(arguments, inputs, strict=True))
+        ctx.options = [inputs[place] for place in kept_places]
+        if layout:
+            ctx.options += _layout(inputs[0])
+        tensors = [inputs[place] for place in saved_places]
         if winners:
-            given["winners"] = output[1]
             ctx.mark_non_differentiable(output[1])
-        ctx.options = {each: given[each] for each in kept}
-        if "sizes" in takes and "sizes" not in arguments:
-            ctx.options |= _layout(inputs[0])
-        parts = [given[each] if isinstance(given[each], list) else [given[each]] for each in saved]
-        ctx.counts = [len(given[each]) if isinstance(given[each], list) else None for each in saved]
-        ctx.save_for_backward(*(tensor for part in parts for tensor in part))
+            tensors.append(output[1])
+        for place in list_places:
+            tensors += inputs[place]
+        ctx.save_for_backward(*tensors)
 
-    def backward(ctx: Any, *grads: Any) -> tuple:
-        tensors, coming = iter(ctx.saved_tensors), iter(grads)
-        given = dict(ctx.options)
-        for each, count in zip(saved, ctx.counts, strict=True):
-            given[each] = next(tensors) if count is None else [next(tensors) for _ in range(count)]
-        for each in takes:
-            if each.startswith("grad"):
-                given[each] = next(coming)
-            elif each.endswith("_wanted"):
-                given[each] = ctx.needs_input_grad[places[each.removesuffix("_wanted")]]
-        found = getattr(_library.ops, gradient)(*(given[each] for each in takes))
-        found = dict(zip(arguments, [found] if results == 1 else found, strict=False))
-        return tuple(found.get(each) if given.get(f"{each}_wanted", True) else None for each in arguments)
+    def backward(ctx: Any, *coming: Any) -> tuple:
+        tensors, alone = ctx.saved_tensors, len(saved) + len(winners)
+        wanted = [ctx.needs_input_grad[place] for place in flag_places]
+        values = [*coming[: len(grads)], *ctx.options, *wanted, *tensors[:alone]]
+        if listed:
+            values.append(list(tensors[alone:]))
+        found = getattr(_library.ops, gradient)(*[values[place] for place in order])
+        found = [found] if results == 1 else list(found)
+        for place, flag in unwanted:
+            if not wanted[flag]:
+                found[place] = None
+        return *found, *others
 
     _library.register_autograd(name, backward, save)
 
 
-def _layout(maps: Tensor | list[Tensor]) -> dict[str, Any]:
+def _layout(maps: Tensor | list[Tensor]) -> list[Any]:
+    """The sizes and whether the format is channels_last."""
     if isinstance(maps, Tensor):
-        return {"sizes": maps.shape, "channels_last": is_channels_last(maps)}
-    sizes = [*maps[0].shape[:2], *(side for each in maps for side in each.shape[2:])]
-    return {"sizes": sizes, "channels_last": is_channels_last(maps[0])}
+        return [maps.shape, is_channels_last(maps)]
+    return [[*maps[0].shape[:2], *(side for each in maps for side in each.shape[2:])], is_channels_last(maps[0])]
 
 
 def is_channels_last(tensor: Tensor) -> bool:
